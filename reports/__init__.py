@@ -1,0 +1,1 @@
+"""Crash reports: their schema, the store on disk, and what people read."""

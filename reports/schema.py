@@ -1,0 +1,178 @@
+"""The crash report: what `report.json` holds. Everything is optional but identity and exit.
+
+Addresses and registers are hexadecimal strings: JSON readers elsewhere lose 64-bit integers.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+
+class Exit(StrEnum):
+    """How a cell ended."""
+
+    CLEAN = "clean"  # asked to stop, and did
+    SIGNAL = "signal"  # a fatal signal raised by native code: SIGSEGV, SIGBUS, SIGFPE, SIGILL, ...
+    ABORT = "abort"  # SIGABRT: GGML_ASSERT, std::terminate, glibc's heap checks
+    HANG = "hang"  # no reply within the deadline; killed by the supervisor
+    OOM = "oom"  # killed for memory, by its limit or by the kernel
+    KILLED = "killed"  # SIGKILL or SIGTERM from a stranger
+    NATIVE_EXIT = "native_exit"  # exit(n) called by native code in the middle of a request
+    FAILED_START = "failed_start"  # never became ready, for no reason above
+    PROTOCOL = "protocol"  # alive, but closed its socket or sent what cannot be decoded; killed
+
+
+class Outcome(StrEnum):
+    """What one rung did with one job."""
+
+    OK = "ok"
+    CRASHED = "crashed"
+    REFUSED = "refused"  # a return code or an error, the cell lives
+    SKIPPED = "skipped"  # preflight knew that it would crash
+
+
+class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One frame of a stack, innermost first. Native frames have an offset, Python frames a line."""
+
+    symbol: str = ""
+    module: str = ""  # native: path of the ELF file
+    build_id: str = ""
+    offset: str = ""  # native: offset into the ELF file's address space, hexadecimal
+    file: str = ""
+    line: int = 0
+
+
+class Thread(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One thread at the time of the crash."""
+
+    tid: int
+    name: str = ""
+    crashed: bool = False
+    native: list[Frame] = []
+    python: list[Frame] = []
+
+
+class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The fatal signal."""
+
+    signal: int
+    name: str  # "SIGSEGV"
+    code: int | None = None
+    code_name: str = ""  # "SEGV_MAPERR"
+    address: str | None = None  # the address that faulted
+    access: str = ""  # read, write or exec (page faults)
+    trap: str = ""  # "#PF"
+    sender_pid: int | None = None  # for signals sent by a process
+
+
+class Assertion(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why the process aborted."""
+
+    text: str
+    source: str  # "ggml", "terminate" or "glibc"
+    file: str = ""
+    line: int = 0
+
+
+class Step(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Provenance: one step of gathering evidence, and whether it worked."""
+
+    name: str
+    ok: bool
+    ms: float = 0.0
+    detail: str = ""
+
+
+class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was read from a held or dead cell."""
+
+    exit: Exit
+    pid: int
+    phase: str = "call"  # "start" or "call"
+    returncode: int | None = None  # as in subprocess: -n for signal n
+    fault: Fault | None = None
+    assertion: Assertion | None = None
+    registers: dict[str, str] = {}
+    code_bytes: str = ""  # sixteen bytes at the program counter, hexadecimal
+    threads: list[Thread] = []
+    faulthandler: str = ""
+    stderr_tail: str = ""
+    log_tail: list[str] = []
+    peak_rss: int | None = None  # bytes
+    detail: str = ""
+    steps: list[Step] = []
+
+
+class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The batch that was being decoded, token by token (parallel lists of equal length)."""
+
+    tokens: list[int]
+    positions: list[int]
+    seq_ids: list[int]
+    outputs: list[bool]
+    operation: str = "decode"  # decode, encode or generate
+
+
+class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The model file."""
+
+    path: str
+    size: int | None = None  # bytes
+    sha256: str = ""
+    description: str = ""
+
+
+class LadderStep(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One rung tried for one job."""
+
+    rung: str  # native, safe or token
+    outcome: Outcome
+    sequences: list[int] = []
+    detail: str = ""
+    ms: float = 0.0
+
+
+class Environment(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where it happened."""
+
+    versions: dict[str, str] = {}  # crumplezone, llama-cpp-python, llama.cpp, python, kernel
+    cpu: str = ""
+    cpu_flags: list[str] = []
+    system_info: str = ""  # llama_print_system_info()
+
+
+class Report(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One crash. ``id`` is also the name of its directory in the store."""
+
+    id: str
+    crashed_at: str  # UTC, ISO 8601
+    evidence: Evidence
+    written_at: str = ""
+    schema_version: int = SCHEMA_VERSION
+    rung: str = "native"  # the rung that crashed
+    batch: BatchRecord | None = None
+    context: dict[str, int | float | bool | str | None] = {}
+    model: ModelRecord | None = None
+    environment: Environment = Environment()
+    ladder: list[LadderStep] = []
+    result: str = ""  # how the job ended: "cured by safe", "sequence 3 quarantined", ...
+    blamed: list[int] = []  # sequences shown to crash alone
+    caller: list[Frame] = []  # the supervisor's Python stack at the call
+
+
+def encode(report: Report) -> bytes:
+    """Encode a report as indented JSON, UTF-8."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=1)
+
+
+def decode(data: bytes) -> Report:
+    """Decode `report.json`.
+
+    Raises:
+        msgspec.DecodeError: It is not JSON, or not a report (`msgspec.ValidationError`).
+    """
+    return msgspec.json.decode(data, type=Report)

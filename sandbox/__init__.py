@@ -1,0 +1,1 @@
+"""Isolation and evidence: supervised cells. Knows no llama.cpp."""

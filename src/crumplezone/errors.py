@@ -1,0 +1,112 @@
+"""Every error that a user of Crumplezone can meet. Each message says what to do next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _rebuild(cls: type[CrumplezoneError], args: tuple[Any, ...], state: dict[str, Any]) -> CrumplezoneError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class CrumplezoneError(Exception):
+    """Base of all errors of this package. Survives pickling with its attributes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+class InputError(CrumplezoneError, ValueError):
+    """A value that cannot be accepted.
+
+    Attributes:
+        field: What was wrong, as the caller named it (``"tokens[3]"``, ``"line 7"``).
+        value: What was given.
+        limit: The rule that it broke.
+    """
+
+    def __init__(self, field: str, value: object, limit: str) -> None:
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        super().__init__(f"{field} is {shown}: {limit}")
+        self.field, self.value, self.limit = field, value, limit
+
+
+class ModelError(CrumplezoneError):
+    """A model file that is missing, is not GGUF, or that llama.cpp could not load.
+
+    Attributes:
+        path: The model file.
+        report: Directory of the crash report, if the loader crashed.
+    """
+
+    def __init__(self, path: str, problem: str, report: str | None = None) -> None:
+        super().__init__(f"model {path}: {problem}")
+        self.path, self.report = path, report
+
+
+class CellDied(CrumplezoneError):
+    """A cell ended before it replied. Inside the package, the ladder catches this.
+
+    Attributes:
+        exit: How the cell ended, a value of `crumplezone.reports.schema.Exit`.
+        incident: What the supervisor knows of the death (not pickled).
+    """
+
+    def __init__(self, message: str, exit_kind: str, incident: Any = None) -> None:
+        super().__init__(message)
+        self.exit, self.incident = exit_kind, incident
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, {"exit": self.exit, "incident": None})
+
+
+class CellRefused(CrumplezoneError):
+    """A cell is alive and answered a request with an error.
+
+    Attributes:
+        kind: The exception's class name in the child.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class SequenceError(CrumplezoneError):
+    """One sequence that no rung of the ladder could decode; the others of its batch were returned.
+
+    Attributes:
+        seq_id: The sequence (for `Decoder.generate`, the prompt's index).
+        report: Directory of the crash report, if it crashed.
+    """
+
+    def __init__(self, seq_id: int, problem: str, report: str | None = None) -> None:
+        where = f"; report: {report}" if report else ""
+        super().__init__(f"sequence {seq_id} failed alone: {problem}{where}")
+        self.seq_id, self.report = seq_id, report
+
+
+class BatchError(CrumplezoneError):
+    """The native rung failed and `safe_fallback` is off.
+
+    Attributes:
+        report: Directory of the crash report, if it crashed.
+    """
+
+    def __init__(self, problem: str, report: str | None = None) -> None:
+        where = f"; report: {report}" if report else ""
+        super().__init__(f"native batch failed: {problem}{where}. Pass safe_fallback=True to get the results.")
+        self.report = report
+
+
+class UsageError(CrumplezoneError):
+    """An object used out of turn: closed, in another process, or busy."""
+
+
+class ReportError(CrumplezoneError):
+    """A crash report that cannot be found, read or written."""

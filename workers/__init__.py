@@ -1,0 +1,1 @@
+"""Inference: batches, the native and safe rungs, the ladder, and `Decoder`."""
