@@ -53,16 +53,15 @@ class CellDied(CrumplezoneError):
     """A cell ended before it replied. Inside the package, the ladder catches this.
 
     Attributes:
-        exit: How the cell ended, a value of `crumplezone.reports.schema.Exit`.
-        incident: What the supervisor knows of the death (not pickled).
+        incident: A `crumplezone.sandbox.cell.Incident`; None after unpickling.
     """
 
-    def __init__(self, message: str, exit_kind: str, incident: Any = None) -> None:
+    def __init__(self, message: str, incident: Any = None) -> None:
         super().__init__(message)
-        self.exit, self.incident = exit_kind, incident
+        self.incident = incident
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, {"exit": self.exit, "incident": None})
+        return _rebuild, (type(self), self.args, {"incident": None})
 
 
 class CellRefused(CrumplezoneError):
@@ -100,7 +99,9 @@ class BatchError(CrumplezoneError):
 
     def __init__(self, problem: str, report: str | None = None) -> None:
         where = f"; report: {report}" if report else ""
-        super().__init__(f"native batch failed: {problem}{where}. Pass safe_fallback=True to get the results.")
+        super().__init__(
+            f"native batch failed: {problem}{where}. Pass safe_fallback=True to get the results."
+        )
         self.report = report
 
 

@@ -1,0 +1,291 @@
+"""What people read: the report as plain text.
+
+Most strings of a report come from the crashed child. `printable` keeps them from writing to the terminal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
+
+from crumplezone.reports.schema import Evidence, Exit, Frame, Report, Thread
+
+# Caps keep a hostile report from becoming an endless page.
+_MAX_FRAMES = 128
+_MAX_THREADS = 64
+_MAX_SEQUENCES = 64
+_MAX_REGISTERS = 128
+_EDGE_TOKENS = 4
+
+# The machinery of dying and of calling from Python: where every crash passes, so it tells nothing.
+_RUNTIME_SYMBOL = re.compile(
+    r"(__GI_)?(raise|abort|kill|gsignal)|_*pthread_kill\w*|__restore_rt|_sigtramp"
+    r"|ggml_abort|ggml_print_backtrace|faulthandler\w*|ffi_call\w*|_ctypes\w*|_?Py\w*"
+)
+_RUNTIME_MODULE = re.compile(
+    r"(libc|libpthread|ld-linux[\w-]*|ld-musl[\w-]*|libffi\w*|libpython[\w.]*|libstdc\+\+|libgcc_s)"
+    r"[.-].*|_ctypes\..*|python[\d.]*|\[vdso\]|linux-vdso.*"
+)
+_ENDINGS = {
+    Exit.CLEAN: "The cell stopped as asked",
+    Exit.HANG: "The cell did not reply within its deadline and was killed",
+    Exit.OOM: "The cell was killed for memory",
+    Exit.KILLED: "The cell was killed from outside",
+    Exit.NATIVE_EXIT: "Native code called exit() in the middle of a request",
+    Exit.FAILED_START: "The cell never became ready",
+    Exit.PROTOCOL: "The cell closed its socket or sent what cannot be decoded, and was killed",
+}
+
+
+def printable(text: str) -> str:
+    r"""Escape what a terminal could act on: control, format and direction characters (``\x1b``)."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def crashed_thread(report: Report) -> Thread | None:
+    """The thread that crashed; for a hang or a kill, where none did, the main thread."""
+    threads = report.evidence.threads
+    for thread in threads:
+        if thread.crashed:
+            return thread
+    return next((thread for thread in threads if thread.tid == report.evidence.pid), None)
+
+
+def top_frame(report: Report) -> Frame | None:
+    """The innermost native frame of the crashed thread that is not part of a runtime, or None."""
+    thread = crashed_thread(report)
+    return _meaningful(thread.native) if thread else None
+
+
+def frame_name(frame: Frame) -> str:
+    """A frame in one line: ``ggml_add (libggml.so+0x12)``, ``run (decoder.py:7)``."""
+    module = PurePosixPath(frame.module).name
+    place = f"{module}+{frame.offset}" if frame.offset else module
+    if frame.file:
+        line = f"{frame.file}:{frame.line}" if frame.line else frame.file
+        place = f"{place} {line}".strip()
+    return printable(f"{frame.symbol} ({place})" if frame.symbol and place else frame.symbol or place or "??")
+
+
+def signal_name(report: Report) -> str:
+    """The fatal signal ("SIGSEGV"), or empty if none is known."""
+    evidence = report.evidence
+    if evidence.fault:
+        return printable(evidence.fault.name)
+    code = evidence.returncode
+    return f"signal {-code}" if code is not None and code < 0 else ""
+
+
+def summary(report: Report) -> str:
+    """One paragraph: what happened, where, on which rung, and how it ended."""
+    frame = top_frame(report)
+    where = f" in {frame_name(frame)}" if frame else ""
+    phase = "starting" if report.evidence.phase == "start" else "serving a request"
+    parts = [
+        f"{_ending(report.evidence, signal_name(report))}{where}.",
+        f"It was {phase} on the {report.rung} rung.",
+    ]
+    if report.result:
+        parts.append(f"Result: {report.result}.")
+    return printable(" ".join(parts))
+
+
+def render(report: Report) -> str:
+    """The whole of report.txt."""
+    lines = [f"Crash report {printable(report.id)}", f"Crashed at {printable(report.crashed_at)}"]
+    for title, section in _SECTIONS:
+        body = list(section(report)) or ["(not recorded)"]
+        lines += ["", title, "-" * len(title), *body]
+    return "\n".join(lines) + "\n"
+
+
+def _meaningful(frames: list[Frame]) -> Frame | None:
+    return next((frame for frame in frames if not _is_runtime(frame)), None)
+
+
+def _is_runtime(frame: Frame) -> bool:
+    symbol = re.split(r"@|\+0x", frame.symbol, maxsplit=1)[0]  # drops a version or an offset
+    module = PurePosixPath(frame.module).name
+    # A frame without a name and a file is a jump into nowhere: its caller tells more.
+    nowhere = not symbol and not module
+    return nowhere or bool(_RUNTIME_SYMBOL.fullmatch(symbol) or _RUNTIME_MODULE.fullmatch(module))
+
+
+def _ending(evidence: Evidence, signal: str) -> str:
+    if evidence.exit is Exit.ABORT and evidence.assertion:
+        found = evidence.assertion
+        place = f" at {found.file}:{found.line}" if found.file else ""
+        return f"Aborted: {found.text}{place}"
+    if evidence.exit in (Exit.SIGNAL, Exit.ABORT):
+        name = signal or ("SIGABRT" if evidence.exit is Exit.ABORT else "A fatal signal")
+        return name + _fault_details(evidence)
+    detail = f" ({evidence.detail})" if evidence.detail else ""
+    cause = f" by {signal}" if evidence.exit is Exit.KILLED and signal else ""
+    if evidence.exit is Exit.NATIVE_EXIT and evidence.returncode is not None:
+        cause = f" with code {evidence.returncode}"
+    return f"{_ENDINGS[evidence.exit]}{cause}{detail}"
+
+
+def _fault_details(evidence: Evidence) -> str:
+    fault = evidence.fault
+    if fault is None:
+        return ""
+    code = f" ({fault.code_name})" if fault.code_name else ""
+    access = f"{fault.access} of address" if fault.access else "address"
+    return f"{code}, {access} {fault.address}" if fault.address is not None else code
+
+
+def _pairs(pairs: Iterable[tuple[str, object]]) -> list[str]:
+    """Lines of "name: value", without those that are not known."""
+    return [f"{printable(name)}: {printable(str(value))}" for name, value in pairs if value not in (None, "")]
+
+
+def _block(text: str) -> list[str]:
+    return (
+        [printable(line.expandtabs(4)) for line in text.rstrip().replace("\r\n", "\n").split("\n")]
+        if text
+        else []
+    )
+
+
+def _more(shown: int, total: int) -> list[str]:
+    return [f"... and {total - shown} more"] if total > shown else []
+
+
+def _frames(frames: list[Frame]) -> list[str]:
+    lines = [f"#{i:<3} {frame_name(frame)}" for i, frame in enumerate(frames[:_MAX_FRAMES])]
+    return lines + _more(_MAX_FRAMES, len(frames))
+
+
+def _fault(report: Report) -> list[str]:
+    evidence, fault, assertion = report.evidence, report.evidence.fault, report.evidence.assertion
+    pairs: list[tuple[str, object]] = [("exit", evidence.exit.value), ("return code", evidence.returncode)]
+    if fault:
+        pairs += [("signal", f"{fault.name} ({fault.signal})"), ("code", fault.code_name or fault.code)]
+        pairs += [("address", fault.address), ("access", fault.access), ("trap", fault.trap)]
+        pairs += [("sent by process", fault.sender_pid)]
+    if assertion:
+        place = f"{assertion.file}:{assertion.line}" if assertion.file else ""
+        pairs += [("assertion", assertion.text), ("from", assertion.source), ("at", place)]
+    pairs += [("code bytes", evidence.code_bytes), ("detail", evidence.detail)]
+    pairs += [("process", evidence.pid), ("phase", evidence.phase), ("peak memory, bytes", evidence.peak_rss)]
+    return _pairs(pairs)
+
+
+def _native(report: Report) -> list[str]:
+    thread = crashed_thread(report)
+    return _frames(thread.native) if thread else []
+
+
+def _python(report: Report) -> list[str]:
+    crashed = crashed_thread(report)
+    lines = _frames(crashed.python) if crashed else []
+    if not lines and report.evidence.faulthandler:
+        lines = ["From faulthandler:", *_block(report.evidence.faulthandler)]
+    others = [thread for thread in report.evidence.threads if thread is not crashed]
+    if others:
+        lines.append("Other threads:")
+    for thread in others[:_MAX_THREADS]:
+        inner = [_meaningful(thread.native), next(iter(thread.python), None)]
+        stacks = " < ".join(frame_name(frame) for frame in inner if frame) or "??"
+        lines.append(f"  {thread.tid} {printable(thread.name)}: {stacks}")
+    lines += _more(_MAX_THREADS, len(others))
+    if report.caller:
+        lines += ["Caller, in the supervisor:", *_frames(report.caller)]
+    return lines
+
+
+def _registers(report: Report) -> list[str]:
+    registers = list(report.evidence.registers.items())
+    cells = [printable(f"{name:<7} {value:<18}") for name, value in registers[:_MAX_REGISTERS]]
+    lines = ["  ".join(cells[i : i + 4]).rstrip() for i in range(0, len(cells), 4)]
+    return lines + _more(_MAX_REGISTERS, len(registers))
+
+
+def _edges(tokens: list[int]) -> str:
+    if len(tokens) <= 2 * _EDGE_TOKENS:
+        return " ".join(map(str, tokens))
+    first, last = tokens[:_EDGE_TOKENS], tokens[-_EDGE_TOKENS:]
+    return f"{_edges(first)} ... {_edges(last)}"
+
+
+def _batch(report: Report) -> list[str]:
+    batch = report.batch
+    if batch is None:
+        return []
+    columns = (batch.seq_ids, batch.tokens, batch.positions, batch.outputs)
+    lines = [f"{printable(batch.operation)} of {len(batch.tokens)} tokens"]
+    if len({len(column) for column in columns}) > 1:
+        lines.append("The record is damaged: its lists differ in length; what they share is shown.")
+    sequences: dict[int, list[tuple[int, int, bool]]] = {}
+    for seq_id, *row in zip(*columns, strict=False):
+        sequences.setdefault(seq_id, []).append((row[0], row[1], bool(row[2])))
+    for seq_id, rows in list(sequences.items())[:_MAX_SEQUENCES]:
+        positions = [position for _, position, _ in rows]
+        wanted = sum(output for _, _, output in rows)
+        span = f"positions {min(positions)}..{max(positions)}"
+        tokens = _edges([token for token, _, _ in rows])
+        lines.append(f"sequence {seq_id}: n={len(rows)}, {span}, outputs {wanted}, tokens {tokens}")
+    return lines + _more(_MAX_SEQUENCES, len(sequences))
+
+
+def _ladder(report: Report) -> list[str]:
+    lines = []
+    for step in report.ladder:
+        sequences = f" sequences {_edges(step.sequences)}" if step.sequences else ""
+        detail = f": {step.detail}" if step.detail else ""
+        lines.append(
+            printable(f"{step.rung:<7} {step.outcome.value:<8} {step.ms:9.1f} ms{sequences}{detail}")
+        )
+    blamed = _edges(report.blamed)
+    return lines + _pairs([("sequences that crash alone", blamed), ("result", report.result)])
+
+
+def _model(report: Report) -> list[str]:
+    model = report.model
+    if model is None:
+        return []
+    sizes = ("size, bytes", model.size)
+    return _pairs([("path", model.path), sizes, ("sha256", model.sha256), ("description", model.description)])
+
+
+def _environment(report: Report) -> list[str]:
+    found = report.environment
+    flags = " ".join(found.cpu_flags)
+    pairs: list[tuple[str, object]] = [*found.versions.items(), ("cpu", found.cpu), ("cpu flags", flags)]
+    return _pairs([*pairs, ("llama.cpp system info", found.system_info)])
+
+
+def _stderr(report: Report) -> list[str]:
+    lines = _block(report.evidence.stderr_tail)
+    if report.evidence.log_tail:
+        lines.append("Log:")
+        lines += [line for entry in report.evidence.log_tail for line in _block(entry)]
+    return lines
+
+
+def _provenance(report: Report) -> list[str]:
+    lines = []
+    for step in report.evidence.steps:
+        detail = f": {step.detail}" if step.detail else ""
+        lines.append(printable(f"{'ok' if step.ok else 'failed':<6} {step.ms:9.1f} ms  {step.name}{detail}"))
+    return lines + _pairs([("written at", report.written_at)])
+
+
+_SECTIONS: tuple[tuple[str, Callable[[Report], Iterable[str]]], ...] = (
+    ("Summary", lambda report: [summary(report)]),
+    ("Fault", _fault),
+    ("Native stack", _native),
+    ("Python stack", _python),
+    ("Registers", _registers),
+    ("Batch", _batch),
+    ("Ladder", _ladder),
+    ("Context", lambda report: _pairs(report.context.items())),
+    ("Model", _model),
+    ("Environment", _environment),
+    ("stderr tail", _stderr),
+    ("Provenance", _provenance),
+)

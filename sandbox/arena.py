@@ -1,0 +1,85 @@
+"""The arena: one memfd shared by a supervisor and one cell. Only numbers are ever read from it.
+
+Layout: a header page (the abort message), then a data zone that both sides cut into arrays by the
+same rule: in order, each aligned to 64 bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+HEADER = mmap.PAGESIZE
+_MESSAGE_AT = 8  # u32 length, then the text
+_MESSAGE_MAX = 2048
+
+Shape = tuple[str, int]  # dtype, number of elements
+
+
+def _aligned(n: int) -> int:
+    return (n + 63) & ~63
+
+
+def offsets(shapes: Sequence[Shape]) -> list[int]:
+    """Byte offset of each array in the data zone, and of its end as the last element."""
+    at = [0]
+    for dtype, count in shapes:
+        at.append(at[-1] + _aligned(np.dtype(dtype).itemsize * count))
+    return at
+
+
+class Arena:
+    """Shared memory of one cell, grown by the supervisor only.
+
+    Args:
+        fd: Descriptor of an existing memfd (child), or None to make one (supervisor).
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        self._owner = fd is None
+        if fd is None:
+            fd = os.memfd_create("crumplezone-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, HEADER)
+            # A child that shrank the file would turn the supervisor's next read into SIGBUS.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        self.fd = fd
+        self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+
+    def reserve(self, shapes: Sequence[Shape]) -> None:
+        """Make room for these arrays. Sparse: memory is used only where it is touched."""
+        need = HEADER + offsets(shapes)[-1]
+        if need > len(self._map):
+            if self._owner:
+                os.ftruncate(self.fd, need)
+            self._map = mmap.mmap(self.fd, os.fstat(self.fd).st_size)
+
+    def arrays(self, shapes: Sequence[Shape]) -> list[npt.NDArray[Any]]:
+        """Views of the data zone, cut into these arrays. Copy what must outlive the next call."""
+        self.reserve(shapes)
+        return [
+            np.frombuffer(self._map, dtype, count, HEADER + at)
+            for (dtype, count), at in zip(shapes, offsets(shapes), strict=False)
+        ]
+
+    def note_abort(self, text: bytes) -> None:
+        """Child: leave the reason of an abort where it can be read after any death."""
+        text = text[:_MESSAGE_MAX]
+        self._map[_MESSAGE_AT + 4 : _MESSAGE_AT + 4 + len(text)] = text
+        self._map[_MESSAGE_AT : _MESSAGE_AT + 4] = len(text).to_bytes(4, "little")
+
+    def abort_note(self) -> str:
+        """Supervisor: the reason that the child left, or an empty string."""
+        length = min(int.from_bytes(self._map[_MESSAGE_AT : _MESSAGE_AT + 4], "little"), _MESSAGE_MAX)
+        return self._map[_MESSAGE_AT + 4 : _MESSAGE_AT + 4 + length].decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Close the descriptor; the map goes with its last view."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

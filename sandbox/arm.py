@@ -1,0 +1,60 @@
+"""Child side: arm a process so that a fatal signal holds it, and so that it dies with its supervisor."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import fcntl
+import os
+import platform
+import select
+import signal
+
+_FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
+_SA_SIGINFO, _SA_ONSTACK = 4, 0x08000000
+_F_SETSIG = 10
+_PR_SET_DUMPABLE, _PR_SET_PTRACER = 4, 0x59616D61
+
+
+class _SigAction(ctypes.Structure):  # glibc's struct sigaction on x86-64 and aarch64
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_byte * 128),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+def hold_on_fault(fault_fd: int) -> None:
+    """Route faulthandler into a one-slot packet pipe.
+
+    Its first write wakes the supervisor, its second blocks until the supervisor reads: the crashed thread
+    is held inside the handler, with the kernel's signal frame above it on the stack.
+    """
+    faulthandler.enable(file=fault_fd, all_threads=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if platform.machine() in {"x86_64", "aarch64"}:
+        # Kernels copy siginfo into the signal frame only with SA_SIGINFO, which CPython does not set.
+        for signum in _FATAL:
+            action = _SigAction()
+            if libc.sigaction(int(signum), None, ctypes.byref(action)) == 0 and action.handler:
+                action.flags |= _SA_SIGINFO | _SA_ONSTACK
+                libc.sigaction(int(signum), ctypes.byref(action), None)
+    # Under Yama's ptrace_scope=1 only a named tracer and its children may look; EINVAL without Yama.
+    libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getppid()), 0, 0, 0)
+    libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(1), 0, 0, 0)
+
+
+def die_with(parent_fd: int) -> None:
+    """Have the kernel send SIGKILL when the last write end of this pipe closes.
+
+    Unlike PR_SET_PDEATHSIG this does not follow the thread that spawned us, and unlike a watching thread
+    it works while the process is stopped or stuck in native code (O_ASYNC, F_SETSIG: fcntl(2)).
+    """
+    fcntl.fcntl(parent_fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent_fd, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(parent_fd, fcntl.F_SETFL, fcntl.fcntl(parent_fd, fcntl.F_GETFL) | os.O_ASYNC)
+    poller = select.poll()
+    poller.register(parent_fd, 0)  # POLLHUP is always reported
+    if poller.poll(0):  # it closed before the signal was armed
+        os.kill(os.getpid(), signal.SIGKILL)

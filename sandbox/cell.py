@@ -1,0 +1,229 @@
+"""A cell: one supervised child process that answers typed requests, or dies with an incident."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from crumplezone.errors import CellDied, CellRefused, UsageError
+from crumplezone.reports.schema import Evidence, Frame
+from crumplezone.sandbox import autopsy
+from crumplezone.sandbox.arena import Arena
+from crumplezone.sandbox.channel import (
+    Call,
+    Channel,
+    ChannelClosed,
+    Failure,
+    FromChild,
+    ProtocolError,
+    Ready,
+    Reply,
+    Start,
+)
+from crumplezone.sandbox.drain import Drain
+from crumplezone.sandbox.launch import Process, spawn
+
+_CLOSE_GRACE_MS = 500
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """What a cell runs, and its limits.
+
+    Attributes:
+        target: ``"package.module:callable"``, imported in the child.
+        config: Given to the target there.
+        start_deadline: Seconds until it must be ready.
+        memory_limit: Bytes of resident memory above which it is killed, or None.
+        env: Added to the child's environment.
+    """
+
+    target: str
+    config: msgspec.Struct
+    start_deadline: float = 120.0
+    memory_limit: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Incident:
+    """The death of a cell. ``evidence`` is gathered beside the caller and is always set in the end."""
+
+    phase: str
+    crashed_at: dt.datetime
+    evidence: Future[Evidence]
+    caller: list[Frame]
+
+
+def _abandon(process: Process, drain: Drain) -> None:
+    process.kill()
+    drain.stop()
+    process.close()
+
+
+def _caller_stack() -> list[Frame]:
+    here = traceback.extract_stack(sys._getframe(3), limit=40)  # noqa: SLF001 - CPython's public way
+    return [Frame(symbol=f.name, file=f.filename, line=f.lineno or 0) for f in reversed(here)]
+
+
+class Cell:
+    """A running cell. Use it from one thread at a time.
+
+    Args:
+        spec: What to run.
+
+    Raises:
+        CellRefused: The target raised an exception while it was built.
+        CellDied: It died while it started.
+        OSError: No process or descriptor could be had.
+    """
+
+    def __init__(self, spec: CellSpec) -> None:
+        self._owner = os.getpid()
+        self._next_id = 1
+        self._oom_kills = autopsy.oom_kill_count()
+        self._phase = "start"
+        self._process = process = spawn(spec.env)
+        self._drain = Drain(process, spec.memory_limit)
+        self._finalizer = weakref.finalize(self, _abandon, process, self._drain)
+        self._channel = Channel(process.lines.sock, FromChild)
+        self._poller = select.poll()
+        for fd in (process.lines.sock.fileno(), process.lines.fault_fd, process.pidfd):
+            self._poller.register(fd, select.POLLIN)
+        start = Start(spec.target, msgspec.Raw(msgspec.msgpack.encode(spec.config)))
+        frame = self._exchange(start, spec.start_deadline)
+        if isinstance(frame, Failure):
+            self.close()
+            raise CellRefused(frame.kind, frame.message)
+        if not isinstance(frame, Ready):
+            raise self._broken("sent another frame before it was ready")
+        self._info = frame.info
+        self._phase = "call"
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be sent."""
+        return self._finalizer.alive
+
+    @property
+    def arena(self) -> Arena:
+        """The memory shared with the child."""
+        return self._process.lines.arena
+
+    def info(self, kind: type[_T]) -> _T:
+        """The service's description of itself, checked against a type."""
+        try:
+            return msgspec.msgpack.decode(self._info, type=kind)
+        except msgspec.MsgspecError as error:
+            raise self._broken(f"described itself wrongly: {error}") from error
+
+    def call(self, request: msgspec.Struct, reply: type[_T], deadline: float | None) -> _T:
+        """Send one request and wait for its reply in the calling thread.
+
+        Args:
+            request: A struct of the service's request type.
+            reply: Type that the answer must have.
+            deadline: Seconds until the cell counts as hung, or None to wait for ever.
+
+        Raises:
+            CellRefused: The service raised an exception; the cell lives.
+            CellDied: The cell was lost. Its incident holds the evidence.
+            UsageError: The cell is closed, or belongs to another process.
+        """
+        if not self.alive or os.getpid() != self._owner:
+            raise UsageError("this cell is closed, or was made before a fork: make a new one")
+        call_id = self._next_id
+        self._next_id += 1
+        frame = self._exchange(Call(call_id, msgspec.Raw(msgspec.msgpack.encode(request))), deadline)
+        if isinstance(frame, Failure) and frame.id == call_id:
+            raise CellRefused(frame.kind, frame.message)
+        if not isinstance(frame, Reply) or frame.id != call_id:
+            raise self._broken("answered another request than the one it was sent")
+        try:
+            return msgspec.msgpack.decode(frame.body, type=reply)
+        except msgspec.MsgspecError as error:
+            raise self._broken(f"sent a reply that does not decode: {error}") from error
+
+    def close(self) -> None:
+        """End the process and release everything. Idempotent."""
+        if self._finalizer.detach() is None:
+            return
+        with contextlib.suppress(OSError):
+            self._process.lines.sock.close()
+        poller = select.poll()
+        poller.register(self._process.pidfd, select.POLLIN)
+        if os.getpid() == self._owner:
+            poller.poll(_CLOSE_GRACE_MS)
+            _abandon(self._process, self._drain)
+
+    def _exchange(self, frame: msgspec.Struct, deadline: float | None) -> object:
+        with contextlib.suppress(ChannelClosed):  # it died between two calls: the wait below finds out how
+            self._channel.send(frame)
+        sock, fault = self._process.lines.sock.fileno(), self._process.lines.fault_fd
+        end = None if deadline is None else time.monotonic() + deadline
+        while True:
+            left = None if end is None else max(end - time.monotonic(), 0.0) * 1000
+            ready = dict(self._poller.poll(left))
+            if ready.get(sock, 0) & select.POLLIN:
+                try:
+                    return self._channel.receive()
+                except ProtocolError as error:
+                    raise self._broken(f"sent a bad frame: {error}") from error
+                except ChannelClosed:
+                    raise self._gone() from None
+            if ready.get(fault, 0) & select.POLLIN:
+                raise self._lost(held=True)
+            if self._process.pidfd in ready or sock in ready:
+                raise self._gone()
+            if fault in ready:  # the child closed its end of the fault pipe, but lives
+                self._poller.unregister(fault)
+            if end is not None and time.monotonic() >= end:
+                raise self._lost(hang=True)
+
+    def _gone(self) -> CellDied:
+        """End of file: dead, held (its fault is in the pipe), or alive and silent."""
+        poller = select.poll()
+        poller.register(self._process.lines.fault_fd, select.POLLIN)
+        poller.register(self._process.pidfd, select.POLLIN)
+        ready = dict(poller.poll(_CLOSE_GRACE_MS))
+        if ready.get(self._process.lines.fault_fd, 0) & select.POLLIN:
+            return self._lost(held=True)
+        if self._process.pidfd in ready:
+            return self._lost()
+        return self._lost(protocol="the cell closed its socket but lives; killed by the supervisor")
+
+    def _broken(self, what: str) -> CellDied:
+        return self._lost(protocol=f"the cell {what}; killed by the supervisor")
+
+    def _lost(self, *, held: bool = False, hang: bool = False, protocol: str = "") -> CellDied:
+        """Hand the process to the autopsy and return the error to raise."""
+        process = self._process
+        self._finalizer.detach()
+        now = dt.datetime.now(dt.UTC)
+        death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, hang, protocol)
+        if held or hang:
+            autopsy.stop_and_look(death)
+        elif protocol:
+            process.signal(signal.SIGKILL)
+        how = "crashed" if held else "did not answer in time" if hang else protocol or "died"
+        incident = Incident(self._phase, now, autopsy.begin(death), _caller_stack())
+        return CellDied(f"cell {process.pid} {how}", incident)

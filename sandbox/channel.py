@@ -1,0 +1,121 @@
+"""Frames between a supervisor and a cell: msgspec structs over a SOCK_SEQPACKET socket.
+
+One packet is one frame, so a cell killed in the middle of a send leaves no half frame behind. Frames are
+small (bulk data goes through the arena); what is larger or does not decode is a `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import msgspec
+
+MAX_FRAME = 64 * 1024
+
+
+class Start(msgspec.Struct, tag="start", frozen=True):
+    """Supervisor to child, first: what to serve. ``config`` is decoded by the target."""
+
+    target: str  # "package.module:callable"
+    config: msgspec.Raw
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """Child to supervisor: the target is built; ``info`` is its description of itself."""
+
+    info: msgspec.Raw
+
+
+class Call(msgspec.Struct, tag="call", frozen=True):
+    """Supervisor to child: one request."""
+
+    id: int
+    body: msgspec.Raw
+
+
+class Reply(msgspec.Struct, tag="reply", frozen=True):
+    """Child to supervisor: the answer to the call of the same id."""
+
+    id: int
+    body: msgspec.Raw
+
+
+class Failure(msgspec.Struct, tag="failure", frozen=True):
+    """Child to supervisor: an exception was raised. ``id`` 0 means that the start failed."""
+
+    id: int
+    kind: str
+    message: str
+
+
+class LogLine(msgspec.Struct, frozen=True):
+    """Child to supervisor, on the log socket: one log record."""
+
+    name: str
+    level: int
+    message: str
+    created: float
+    thread: str = ""
+    path: str = ""
+    line: int = 0
+
+
+FromChild = Ready | Reply | Failure
+FromSupervisor = Start | Call
+
+
+class ProtocolError(Exception):
+    """The peer sent what is not a frame."""
+
+
+class ChannelClosed(Exception):
+    """The peer's end is closed."""
+
+
+class Channel:
+    """One end of a cell's socket.
+
+    Args:
+        sock: A connected SOCK_SEQPACKET socket.
+        frame_type: Union of the structs that this end receives.
+    """
+
+    def __init__(self, sock: socket.socket, frame_type: object) -> None:
+        self.sock = sock
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(frame_type).decode
+
+    def send(self, frame: msgspec.Struct) -> None:
+        """Send one frame.
+
+        Raises:
+            ProtocolError: The frame is too large.
+            ChannelClosed: The peer is gone.
+        """
+        data = self._encode(frame)
+        if len(data) > MAX_FRAME:
+            raise ProtocolError(f"frame of {len(data)} bytes: at most {MAX_FRAME}")
+        try:
+            self.sock.send(data, socket.MSG_NOSIGNAL)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ChannelClosed from error
+
+    def receive(self) -> object:
+        """Receive one frame (blocks).
+
+        Raises:
+            ProtocolError: Too large, or not a frame of the expected type.
+            ChannelClosed: The peer is gone.
+        """
+        try:
+            data, _, flags, _ = self.sock.recvmsg(MAX_FRAME)
+        except ConnectionResetError as error:
+            raise ChannelClosed from error
+        if flags & socket.MSG_TRUNC:
+            raise ProtocolError(f"frame larger than {MAX_FRAME} bytes")
+        if not data:
+            raise ChannelClosed
+        try:
+            return self._decode(data)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(str(error)) from error

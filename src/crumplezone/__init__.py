@@ -1,0 +1,1 @@
+"""A crumple zone for llama.cpp."""

@@ -1,0 +1,147 @@
+"""The stunt double: a service that misbehaves on demand, for real, in a real cell."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import logging
+import mmap
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import msgspec
+
+from crumplezone.sandbox.child import Room
+
+
+class Config(msgspec.Struct):
+    """``at_start`` names a stunt to perform before the cell is ready."""
+
+    at_start: str = ""
+
+
+class Info(msgspec.Struct):
+    pid: int
+
+
+class Stunt(msgspec.Struct, tag="stunt"):
+    name: str
+    amount: int = 0
+
+
+class Echo(msgspec.Struct):
+    text: str
+    amount: int = 0
+
+
+def _segv() -> None:
+    ctypes.memset(0x18, 1, 1)
+
+
+def _fpe() -> None:
+    _run_code(b"\x31\xc9\x31\xd2\xb8\x07\x00\x00\x00\xf7\xf9\xc3")  # 7 / 0
+
+
+def _ill() -> None:
+    _run_code(b"\x0f\x0b")  # ud2
+
+
+def _run_code(code: bytes) -> None:
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    ctypes.CFUNCTYPE(None)(address)()
+
+
+def _bus() -> None:
+    fd = os.memfd_create("bus")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    page = mmap.mmap(fd, mmap.PAGESIZE)
+    os.ftruncate(fd, 0)
+    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(page)), 1, 1)
+
+
+def _stack_overflow() -> None:
+    _run_code(b"\x48\x81\xec\x00\x10\x00\x00\x6a\x01\xeb\xf5")  # sub rsp,4096; push 1; jmp to the start
+
+
+def _ggml_abort() -> None:
+    from crumplezone.workers import native
+
+    native.ggml_base().ggml_abort(b"stunts.py", 7, b"GGML_ASSERT(%s) failed", b"stunt == double")
+
+
+def _terminate() -> None:
+    ctypes.CDLL("libstdc++.so.6")._ZSt9terminatev()
+
+
+def _exit_native() -> None:
+    ctypes.CDLL(None).exit(1)
+
+
+def _hang() -> None:
+    ctypes.CDLL(None).pause()
+
+
+def _spin() -> None:
+    _run_code(b"\xeb\xfe")  # jmp to itself
+
+
+def _balloon() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    while True:
+        ctypes.memset(libc.malloc(1 << 22), 1, 1 << 22)
+
+
+def _close_socket(room: Room) -> None:
+    room.sock.shutdown(2)
+    threading.Event().wait()
+
+
+def _flood() -> None:
+    for _ in range(512):
+        os.write(2, b"flood " * 1024)
+    os.write(2, b"last words\n")
+
+
+def _garbage(room: Room) -> None:
+    room.sock.send(b"\xc1 not a frame")
+
+
+def _log() -> None:
+    logging.getLogger("stunts.voice").warning("line %d", 1, extra={"odd": object()})
+
+
+class Double:
+    """Serves `Stunt` requests."""
+
+    request_type: Any = Stunt
+
+    def __init__(self, config: msgspec.Raw, room: Room) -> None:
+        self._room = room
+        at_start = msgspec.msgpack.decode(config, type=Config).at_start
+        if at_start:
+            self.handle(Stunt(at_start))
+
+    def info(self) -> Info:
+        return Info(os.getpid())
+
+    def handle(self, request: Stunt) -> Echo:
+        name = request.name
+        if name == "raise":
+            raise ValueError("refused on demand")
+        if name == "arena":
+            (numbers,) = self._room.arena.arrays([("i4", request.amount)])
+            numbers[:] *= 2
+        elif name in {"kill", "term"}:
+            os.kill(os.getpid(), signal.SIGKILL if name == "kill" else signal.SIGTERM)
+        elif name in {"close_socket", "garbage"}:
+            globals()[f"_{name}"](self._room)
+        elif name != "echo":
+            globals()[f"_{name}"]()
+        sys.stderr.flush()
+        return Echo(name, request.amount)
