@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from crumplezone.sandbox.arena import Arena
 
@@ -96,7 +97,7 @@ def _fault_pipe() -> tuple[int, int]:
 
 def import_path() -> str:
     """This process's import path as PYTHONPATH: what imports here must import in a child."""
-    return os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:

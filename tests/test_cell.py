@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -161,7 +163,7 @@ def test_log_records_arrive_under_their_own_name_and_level(caplog: pytest.LogCap
     arrived = threading.Event()
 
     class Wait(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
+        def emit(self, _: logging.LogRecord) -> None:
             arrived.set()
 
     handler = Wait()
@@ -194,12 +196,16 @@ def test_cells_die_with_a_killed_supervisor() -> None:
     command = [sys.executable, "-c", SUPERVISOR]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as supervisor:
         assert supervisor.stdout is not None
-        cells = [psutil.Process(int(pid)) for pid in supervisor.stdout.readline().split()]
-        assert len(cells) == 3
+        pidfds = [os.pidfd_open(int(pid)) for pid in supervisor.stdout.readline().split()]
+        assert len(pidfds) == 3
         supervisor.kill()
-        gone, alive = psutil.wait_procs(cells, timeout=1)
-        os.killpg(supervisor.pid, signal.SIGKILL)
-    assert (len(gone), alive) == (3, [])
+        try:
+            for pidfd in pidfds:  # readable once the process has ended, reaped by anyone or not
+                assert select.select([pidfd], [], [], 1)[0]
+        finally:
+            os.killpg(supervisor.pid, signal.SIGKILL)
+            for pidfd in pidfds:
+                os.close(pidfd)
 
 
 def test_nothing_is_left_behind() -> None:
@@ -212,10 +218,10 @@ def test_nothing_is_left_behind() -> None:
             died.incident.evidence.result(30)
 
     one("segv")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(one, ["segv", "echo", "kill", "exit_native", "echo", "segv"]))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert psutil.Process().children(recursive=True) == []
 
 

@@ -1,0 +1,197 @@
+"""Supervisor side of `Decoder.generate`: prompts in, completions out, crashes in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError
+from crumplezone.reports.schema import BatchRecord, Outcome
+from crumplezone.workers.incident import Case, Reporter
+from crumplezone.workers.protocol import Join, Progress
+from crumplezone.workers.results import Completion, Rung
+from crumplezone.workers.runner import RefusedError, Runner
+from crumplezone.workers.safe import Descent
+
+STEPS = 16  # native calls per control message: what a crash can cost is that much decoding again
+_SEED_STRIDE = 1_000_003  # prompts draw from different noise, each the same on every run and rung
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: ``temperature`` 0 is greedy."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass
+class _Running:
+    """A prompt in flight and everything it has produced so far."""
+
+    index: int
+    prompt: str
+    prompt_tokens: npt.NDArray[np.int32]
+    max_tokens: int
+    produced: list[int] = field(default_factory=list)
+    text: bytearray = field(default_factory=bytearray)
+
+    def take(self, progress: Progress) -> str:
+        """Add what came back; returns the finish reason or an empty string."""
+        self.produced += progress.tokens
+        self.text += progress.text
+        return progress.finished
+
+    def done(
+        self, reason: str, rung: Rung, error: CrumplezoneError | None = None, reports: tuple[str, ...] = ()
+    ) -> Completion:
+        """As the caller gets it."""
+        text = self.text.decode("utf-8", "replace")
+        return Completion(self.index, self.prompt, text, self.produced, reason, rung, error, reports)
+
+    def join(self, seq_id: int, sampling: Sampling) -> tuple[Join, npt.NDArray[np.int32]]:
+        """Ask to continue from the last token that was delivered."""
+        tokens = np.concatenate([self.prompt_tokens, np.array(self.produced, np.int32)])
+        seed = (sampling.seed * _SEED_STRIDE + self.index) % 2**63
+        left = self.max_tokens - len(self.produced)
+        return Join(seq_id, len(tokens), left, sampling.temperature, seed), tokens
+
+
+class Generation:
+    """One `Decoder.generate`: a queue of prompts over the sequences of a native cell.
+
+    Args:
+        native: The native rung.
+        descent: The safe rungs, or None to fail with the native rung.
+        reporter: Where crashes go.
+        sampling: The same for every prompt.
+    """
+
+    def __init__(
+        self, native: Runner, descent: Descent | None, reporter: Reporter, sampling: Sampling
+    ) -> None:
+        self._native, self._descent, self._reporter = native, descent, reporter
+        self._sampling = sampling
+        self._running: dict[int, _Running] = {}
+
+    def run(self, prompts: list[tuple[int, str]]) -> Iterator[Completion]:
+        """Yield completions as they finish."""
+        queue = iter(prompts)
+        free = list(range(self._native.config.n_seq_max))[::-1]
+        reset, more = True, True
+        while more or self._running:
+            joins = []
+            while more and free:
+                item = next(queue, None)
+                if item is None:
+                    more = False
+                    break
+                admitted = self._admit(*item)
+                if isinstance(admitted, Completion):
+                    yield admitted
+                    continue
+                seq_id = free.pop()
+                self._running[seq_id] = admitted
+                joins.append(admitted.join(seq_id, self._sampling))
+            if not self._running:
+                continue
+            for completion, seq_id in self._advance(joins, reset=reset):
+                free.append(seq_id)
+                yield completion
+            # After a crash the sequences in flight are all finished, and the next cell starts empty.
+            reset = not self._running
+
+    def _admit(self, index: int, prompt: str) -> _Running | Completion:
+        try:
+            tokens = self._native.tokenize(prompt)
+            n_ctx_seq = self._native.info.n_ctx_seq
+            if not 0 < len(tokens) < n_ctx_seq:
+                limit = f"the context holds {n_ctx_seq} tokens per sequence, one of them to generate"
+                raise InputError(f"number of tokens of prompt {index}", len(tokens), limit)
+        except CellDied as died:
+            return self._lost_in_tokenizer(index, prompt, died)
+        except (CellRefused, InputError) as error:
+            return Completion(index, prompt, "", [], "error", Rung.NATIVE, error)
+        return _Running(index, prompt, tokens, min(self._sampling.max_tokens, n_ctx_seq - len(tokens)))
+
+    def _lost_in_tokenizer(self, index: int, prompt: str, died: CellDied) -> Completion:
+        """The tokenizer itself crashed: nothing safer can be tried, but what was in flight goes on."""
+        case = Case(blamed=[index], result=f"prompt {index} crashes the tokenizer and failed alone")
+        case.step(Rung.NATIVE, Outcome.CRASHED, [index], "tokenize")
+        path = self._reporter.add(case, died.incident, Rung.NATIVE, None)
+        self._file(case)
+        error = CrumplezoneError(f"prompt {index}: llama.cpp died while tokenising it; report: {path}")
+        return Completion(index, prompt, "", [], "error", Rung.NATIVE, error, (path,))
+
+    def _advance(
+        self, joins: list[tuple[Join, npt.NDArray[np.int32]]], *, reset: bool
+    ) -> Iterator[tuple[Completion, int]]:
+        chunk = self._native.info.n_batch
+        if self._native.pid is None:  # a new cell knows none of the running sequences
+            joins = [running.join(seq_id, self._sampling) for seq_id, running in self._running.items()]
+        start = time.perf_counter()
+        try:
+            generated = self._native.generate(joins, STEPS, chunk, reset=reset)
+        except (CellDied, CellRefused, RefusedError) as error:
+            yield from self._descend(error, chunk, (time.perf_counter() - start) * 1000)
+            return
+        for progress in generated.progress:
+            running = self._running.get(progress.seq_id)
+            reason = running.take(progress) if running else ""
+            if running and reason:
+                del self._running[progress.seq_id]
+                yield running.done(reason, Rung.NATIVE), progress.seq_id
+
+    def _descend(
+        self, error: CellDied | CellRefused | RefusedError, chunk: int, ms: float
+    ) -> Iterator[tuple[Completion, int]]:
+        """Finish every sequence in flight on the safe rungs, from its last delivered token."""
+        case = Case()
+        indices = [running.index for running in self._running.values()]
+        if isinstance(error, CellDied):
+            self._reporter.add(case, error.incident, Rung.NATIVE, self._native.last_batch(chunk))
+            case.step(Rung.NATIVE, Outcome.CRASHED, indices, str(error), ms)
+        else:
+            case.step(Rung.NATIVE, Outcome.REFUSED, indices, str(error), ms)
+            self._native.close()
+        try:
+            for seq_id, running in list(self._running.items()):
+                del self._running[seq_id]
+                yield self._finish_safely(running, case, error), seq_id
+        finally:
+            cured = len(indices) - len(case.blamed)
+            case.result = f"{cured} of {len(indices)} prompts in flight finished by {Rung.SAFE}"
+            self._file(case)
+
+    def _finish_safely(
+        self, running: _Running, case: Case, native_error: CellDied | CellRefused | RefusedError
+    ) -> Completion:
+        paths = tuple(str(self._reporter.store.path(crash.id)) for crash in case.crashes)
+        if self._descent is None:
+            problem = CrumplezoneError(f"prompt {running.index}: {native_error}; safe_fallback is off")
+            return running.done("error", Rung.NATIVE, problem, paths)
+        chunks: list[int] = []
+
+        def work(runner: Runner, chunk: int) -> str:
+            chunks.append(chunk)
+            joins, reason = [running.join(0, self._sampling)], ""
+            while not reason:
+                (progress,) = runner.generate(joins, STEPS, chunk, reset=bool(joins)).progress
+                reason, joins = running.take(progress), []
+            return reason
+
+        def batch() -> BatchRecord:
+            assert self._descent is not None
+            return self._descent.runner.last_batch(chunks[-1])
+
+        reason, rung, error = self._descent.attempt(running.index, case, work, batch)
+        paths = tuple(str(self._reporter.store.path(crash.id)) for crash in case.crashes)
+        return running.done(reason or "error", rung, error, paths)
+
+    def _file(self, case: Case) -> None:
+        self._reporter.file(case, self._native.config, self._native.info)

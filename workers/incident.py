@@ -1,0 +1,131 @@
+"""From incidents to reports: what one job met on its way down the ladder, written beside the caller."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import importlib.metadata
+import logging
+import platform
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crumplezone.errors import ReportError
+from crumplezone.reports import text
+from crumplezone.reports.schema import BatchRecord, Environment, LadderStep, Outcome, Report
+from crumplezone.reports.store import Store, new_id
+from crumplezone.sandbox.cell import Incident
+from crumplezone.workers import model
+from crumplezone.workers.protocol import CellConfig, CellInfo
+
+_log = logging.getLogger("crumplezone")
+
+
+@dataclass(frozen=True)
+class _Crash:
+    id: str
+    incident: Incident
+    rung: str
+    batch: BatchRecord | None
+
+
+@dataclass
+class Case:
+    """One job: the rungs it tried, the crashes it met, and how it ended."""
+
+    steps: list[LadderStep] = field(default_factory=list)
+    crashes: list[_Crash] = field(default_factory=list)
+    blamed: list[int] = field(default_factory=list)
+    result: str = ""
+
+    def step(
+        self, rung: str, outcome: Outcome, sequences: list[int], detail: str = "", ms: float = 0.0
+    ) -> None:
+        """Note that a rung was tried."""
+        self.steps.append(LadderStep(rung, outcome, sequences, detail, round(ms, 2)))
+
+
+@functools.cache
+def _cpu() -> tuple[str, list[str]]:
+    name, flags = "", []
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in {"flags", "Features"}:
+                flags = value.split()
+                break
+    except OSError:
+        pass
+    return name, flags
+
+
+def environment(info: CellInfo | None) -> Environment:
+    """Versions and CPU of this machine."""
+    cpu, flags = _cpu()
+    versions = {
+        "crumplezone": importlib.metadata.version("crumplezone"),
+        "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
+        "llama.cpp": info.llama_cpp if info else "unknown (the model did not load)",
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+    }
+    return Environment(versions, cpu, flags, info.system_info if info else "")
+
+
+class Reporter:
+    """Writes reports on a thread of its own, in order.
+
+    Args:
+        directory: The report store.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.store = Store(directory)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reporter")
+        self._pending: list[Future[None]] = []
+
+    def add(self, case: Case, incident: Incident, rung: str, batch: BatchRecord | None) -> str:
+        """Note a crash in a case; returns where its report will be."""
+        report_id = new_id(incident.crashed_at)
+        case.crashes.append(_Crash(report_id, incident, rung, batch))
+        return str(self.store.path(report_id))
+
+    def file(self, case: Case, config: CellConfig, info: CellInfo | None) -> None:
+        """Hand a finished case over to be written."""
+        self._pending = [future for future in self._pending if not future.done()]
+        self._pending += [self._pool.submit(self._write, crash, case, config, info) for crash in case.crashes]
+
+    def flush(self) -> None:
+        """Wait until every report handed over is on disk (or its failure was logged)."""
+        for future in self._pending:
+            future.result()
+
+    def close(self) -> None:
+        """Write what is left and end the thread."""
+        self._pool.shutdown(wait=True)
+
+    def _write(self, crash: _Crash, case: Case, config: CellConfig, info: CellInfo | None) -> None:
+        context = {name: getattr(config, name) for name in config.__struct_fields__ if name != "model"}
+        try:
+            report = Report(
+                id=crash.id,
+                crashed_at=crash.incident.crashed_at.isoformat(),
+                written_at=dt.datetime.now(dt.UTC).isoformat(),
+                evidence=crash.incident.evidence.result(),
+                rung=crash.rung,
+                batch=crash.batch,
+                context=context | {"kv_unified": False},
+                model=model.describe(config.model, info.description if info else ""),
+                environment=environment(info),
+                ladder=case.steps,
+                result=case.result,
+                blamed=case.blamed,
+                caller=crash.incident.caller,
+            )
+            path = self.store.write(report, text.render(report))
+            _log.warning("%s Report: %s", text.summary(report), path)
+        except (ReportError, OSError):
+            _log.exception("the report of crash %s could not be written", crash.id)

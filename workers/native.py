@@ -1,0 +1,228 @@
+"""Child side: llama.cpp behind typed requests. Only cells import this module.
+
+Facts are those of llama.cpp 0c1e57098 (llama-cpp-python 0.3.36), include/llama.h unless noted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import logging
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from crumplezone.sandbox.child import Room
+from crumplezone.workers.engine import Engine
+from crumplezone.workers.protocol import (
+    CellConfig,
+    CellInfo,
+    Decode,
+    Decoded,
+    Generate,
+    Generated,
+    Request,
+    Tokenize,
+    Tokenized,
+    batch_shapes,
+    row_shapes,
+)
+
+_log = logging.getLogger("llama.cpp")
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
+_CONTINUES = 5  # GGML_LOG_LEVEL_CONT
+_INT32 = ctypes.POINTER(ctypes.c_int32)
+_INT8 = ctypes.POINTER(ctypes.c_int8)
+
+
+class LoadError(Exception):
+    """llama.cpp returned NULL for a model or a context."""
+
+
+def ggml_base() -> ctypes.CDLL:
+    """libggml-base, which llama-cpp-python loads but does not bind."""
+    library = Path(C.__file__).parent / "lib" / "libggml-base.so"
+    return ctypes.CDLL(str(library) if library.exists() else "libggml-base.so")
+
+
+class Voices:
+    """Native log lines and the abort message, on their way out. Callbacks must outlive every call."""
+
+    def __init__(self, room: Room) -> None:
+        self.last_error = ""
+        self._level = logging.INFO
+        self._partial = b""
+        self._log = C.llama_log_callback(self._on_log)
+        C.llama_log_set(self._log, ctypes.c_void_p(0))
+        self._abort = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(room.arena.note_abort)
+        try:
+            set_abort = ggml_base().ggml_set_abort_callback
+        except (OSError, AttributeError):
+            _log.warning("ggml_set_abort_callback is missing: aborts will carry no assertion text")
+        else:
+            set_abort.restype = ctypes.c_void_p
+            set_abort(self._abort)
+
+    def _on_log(self, level: int, text: bytes, _: object) -> None:
+        if level != _CONTINUES:
+            self._level = _LEVELS.get(level, logging.INFO)
+        self._partial += text
+        *lines, self._partial = self._partial.split(b"\n")
+        for raw in lines:
+            line = raw.decode("utf-8", "replace")
+            if line.strip(" ."):
+                if self._level == logging.ERROR and not line.endswith("failed to load model"):
+                    self.last_error = line
+                _log.log(self._level, "%s", line)
+
+
+class LlamaCell:
+    """One model and one context.
+
+    Args:
+        config: An encoded `CellConfig`.
+        room: The cell's arena.
+
+    Raises:
+        LoadError: The model or the context could not be made; the message is llama.cpp's own.
+    """
+
+    request_type: Any = Request
+
+    def __init__(self, config: msgspec.Raw, room: Room) -> None:
+        self.config = msgspec.msgpack.decode(config, type=CellConfig)
+        self._arena = room.arena
+        self._voices = Voices(room)
+        C.llama_backend_init()
+        self.model = self._load_model()
+        self.vocab = C.llama_model_get_vocab(self.model)
+        self.context = self._make_context()
+        self.memory = C.llama_get_memory(self.context)
+        self._info = self._describe()
+        self._engine = Engine(self)
+
+    def info(self) -> CellInfo:
+        """Facts of the loaded model."""
+        return self._info
+
+    def handle(self, request: Request) -> msgspec.Struct:
+        """Answer one request."""
+        if isinstance(request, Decode):
+            return Decoded(self._decode(request))
+        if isinstance(request, Tokenize):
+            return Tokenized(self._tokenize(request.n_bytes))
+        return self._generate(request)
+
+    def _load_model(self) -> Any:
+        params = C.llama_model_default_params()
+        params.n_gpu_layers = self.config.n_gpu_layers
+        model = C.llama_model_load_from_file(self.config.model.encode(), params)
+        if not model:
+            raise LoadError(self._voices.last_error or "llama_model_load_from_file returned NULL")
+        return model
+
+    def _make_context(self) -> Any:
+        params = C.llama_context_default_params()
+        params.n_ctx = self.config.n_ctx
+        params.n_batch = self.config.n_batch
+        params.n_ubatch = min(self.config.n_ubatch, self.config.n_batch)
+        params.n_seq_max = self.config.n_seq_max
+        params.n_threads = params.n_threads_batch = self.config.n_threads
+        params.kv_unified = False  # only so does a batch give each sequence what it would get alone
+        context = C.llama_init_from_model(self.model, params)
+        if not context:
+            raise LoadError(self._voices.last_error or "llama_init_from_model returned NULL")
+        return context
+
+    def _describe(self) -> CellInfo:
+        text = ctypes.create_string_buffer(256)
+        C.llama_model_desc(self.model, text, len(text))
+        base = ggml_base()
+        base.ggml_commit.restype = ctypes.c_char_p
+        return CellInfo(
+            n_vocab=C.llama_vocab_n_tokens(self.vocab),
+            n_embd=C.llama_model_n_embd_out(self.model),
+            n_ctx_seq=C.llama_n_ctx_seq(self.context),
+            n_ctx_train=C.llama_model_n_ctx_train(self.model),
+            n_batch=C.llama_n_batch(self.context),
+            has_encoder=bool(C.llama_model_has_encoder(self.model)),
+            has_decoder=bool(C.llama_model_has_decoder(self.model)),
+            description=text.value.decode("utf-8", "replace"),
+            system_info=C.llama_print_system_info().decode("utf-8", "replace"),
+            llama_cpp=f"{importlib.metadata.version('llama-cpp-python')} ({base.ggml_commit().decode()})",
+        )
+
+    def clear(self) -> None:
+        """Empty the memory of every sequence. Encoder-only models have none."""
+        if self.memory:
+            C.llama_memory_clear(self.memory, True)
+
+    def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int, *, encode: bool = False) -> int:
+        """One native call over tokens ``begin`` to ``end`` of a batch laid out as `batch_shapes`."""
+        tokens, positions, seq_ids, outputs, n_seq_id, pointers = arrays
+        n_seq_id[begin:end] = 1
+        pointers[begin:end] = seq_ids.ctypes.data + 4 * np.arange(begin, end, dtype=np.uint64)
+        batch: Any = C.llama_batch()
+        batch.n_tokens = end - begin
+        batch.token = ctypes.cast(tokens.ctypes.data + 4 * begin, _INT32)
+        batch.pos = ctypes.cast(positions.ctypes.data + 4 * begin, _INT32)
+        batch.n_seq_id = ctypes.cast(n_seq_id.ctypes.data + 4 * begin, _INT32)
+        batch.seq_id = ctypes.cast(pointers.ctypes.data + 8 * begin, ctypes.POINTER(_INT32))
+        batch.logits = ctypes.cast(outputs.ctypes.data + begin, _INT8)
+        call = C.llama_encode if encode else C.llama_decode
+        return int(call(self.context, batch))
+
+    def _decode(self, request: Decode) -> int:
+        shapes = batch_shapes(request.n_tokens)
+        *batch, logits, embeddings = self._arena.arrays([*shapes, *row_shapes(request, self._info)])
+        wanted = batch[3].copy()
+        C.llama_set_embeddings(self.context, request.embeddings)
+        if request.embeddings:  # llama.cpp then insists on every token being an output, and warns
+            batch[3][:] = 1
+        self.clear()
+        n_tokens, chunk, row = request.n_tokens, request.chunk or request.n_tokens, 0
+        for begin in range(0, n_tokens, chunk):
+            end = min(begin + chunk, n_tokens)
+            rc = self.run(batch, begin, end, encode=request.encode)
+            if rc:
+                return rc
+            for i in np.flatnonzero(wanted[begin:end]).tolist():
+                self._copy(C.llama_get_logits_ith, i, logits, row, self._info.n_vocab)
+                self._copy(C.llama_get_embeddings_ith, i, embeddings, row, self._info.n_embd)
+                row += 1
+        return 0
+
+    def _copy(self, get: Any, index: int, into: npt.NDArray[Any], row: int, width: int) -> None:
+        if not len(into):
+            return
+        pointer = get(self.context, index)
+        if not pointer:
+            raise RuntimeError(f"llama.cpp has no row for output {index} of the batch")
+        into[row * width : (row + 1) * width] = np.ctypeslib.as_array(pointer, (width,))
+
+    def _tokenize(self, n_bytes: int) -> int:
+        (text,) = self._arena.arrays([("u1", n_bytes)])
+        raw = text.tobytes()
+        size = n_bytes + 16  # at most one token a byte, and the special ones
+        tokens = (C.llama_token * size)()
+        n_tokens = C.llama_tokenize(self.vocab, raw, len(raw), tokens, size, True, True)
+        if n_tokens < 0:
+            raise RuntimeError(f"llama_tokenize wants room for {-n_tokens} tokens")
+        (room,) = self._arena.arrays([("i4", n_tokens)])
+        room[:] = tokens[:n_tokens]
+        return int(n_tokens)
+
+    def _generate(self, request: Generate) -> Generated:
+        if request.reset:
+            self.clear()
+            self._engine.reset()
+        C.llama_set_embeddings(self.context, False)
+        prompts = self._arena.arrays([("i4", join.n_tokens) for join in request.joins])
+        for join, tokens in zip(request.joins, prompts, strict=True):
+            self._engine.join(join, tokens.copy())
+        batch = self._arena.arrays(batch_shapes(request.chunk))
+        return self._engine.generate(batch, request.steps)

@@ -1,0 +1,116 @@
+"""What a supervisor asks of a llama.cpp cell. Arrays travel through the arena, never in the frames."""
+
+from __future__ import annotations
+
+import msgspec
+
+from crumplezone.sandbox.arena import Shape
+
+
+class CellConfig(msgspec.Struct, frozen=True):
+    """Model and context parameters; names and meanings are those of ``llama_context_params``."""
+
+    model: str
+    n_ctx: int  # per cell: n_ctx_seq * n_seq_max
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+    n_threads: int
+    n_gpu_layers: int = 0
+
+
+class CellInfo(msgspec.Struct, frozen=True):
+    """What the loaded model and context are."""
+
+    n_vocab: int
+    n_embd: int
+    n_ctx_seq: int
+    n_ctx_train: int
+    n_batch: int
+    has_encoder: bool
+    has_decoder: bool
+    description: str
+    system_info: str
+    llama_cpp: str
+
+
+class Decode(msgspec.Struct, tag="decode", frozen=True):
+    """Clear the memory and decode (or encode) the batch in the arena (`batch_shapes`).
+
+    The reply's rows lie behind the batch (`row_shapes`), one per output, in the batch's order.
+    """
+
+    n_tokens: int
+    n_outputs: int
+    logits: bool
+    embeddings: bool
+    encode: bool = False
+    chunk: int = 0  # tokens per native call; 0: all in one
+
+
+class Decoded(msgspec.Struct, frozen=True):
+    """Return code of the native call: see docs/architecture.md for what each means."""
+
+    rc: int
+
+
+class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
+    """Tokenise the UTF-8 text of ``n_bytes`` in the arena; the tokens come back as int32 in its place."""
+
+    n_bytes: int
+
+
+class Tokenized(msgspec.Struct, frozen=True):
+    """How many tokens lie in the arena."""
+
+    n_tokens: int
+
+
+class Join(msgspec.Struct, frozen=True):
+    """A prompt that takes a free sequence; its tokens lie in the arena, one prompt behind the other."""
+
+    seq_id: int
+    n_tokens: int
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+class Generate(msgspec.Struct, tag="generate", frozen=True):
+    """Let prompts join, then run up to ``steps`` native calls over all running sequences."""
+
+    joins: list[Join]
+    steps: int
+    chunk: int  # most tokens per native call
+    reset: bool = False  # clear the memory and forget every sequence first
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """What one sequence produced: its new tokens, their text (UTF-8, may end inside a character)."""
+
+    seq_id: int
+    tokens: list[int]
+    text: bytes
+    finished: str = ""  # "", "stop" (end of generation) or "length"
+
+
+class Generated(msgspec.Struct, frozen=True):
+    """One entry for each sequence that moved."""
+
+    rc: int
+    progress: list[Progress]
+
+
+Request = Decode | Tokenize | Generate
+
+
+def batch_shapes(n_tokens: int) -> list[Shape]:
+    """tokens, positions, seq_ids, outputs, n_seq_id (ones) and seq_id pointers (child only)."""
+    return [("i4", n_tokens)] * 3 + [("i1", n_tokens), ("i4", n_tokens), ("u8", n_tokens)]
+
+
+def row_shapes(request: Decode, info: CellInfo) -> list[Shape]:
+    """Logits and embeddings, float32, one row per output; 0 rows for what was not asked."""
+    logits = request.n_outputs * info.n_vocab if request.logits else 0
+    embeddings = request.n_outputs * info.n_embd if request.embeddings else 0
+    return [("f4", logits), ("f4", embeddings)]

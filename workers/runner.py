@@ -1,0 +1,222 @@
+"""Supervisor side: one llama.cpp cell that is started when it is needed, and typed calls on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, ModelError
+from crumplezone.reports import text
+from crumplezone.reports.schema import BatchRecord, Evidence, Outcome, Report
+from crumplezone.sandbox.cell import Cell, CellSpec
+from crumplezone.workers.batch import Entry
+from crumplezone.workers.incident import Case, Reporter
+from crumplezone.workers.protocol import (
+    CellConfig,
+    CellInfo,
+    Decode,
+    Decoded,
+    Generate,
+    Generated,
+    Join,
+    Tokenize,
+    Tokenized,
+    batch_shapes,
+    row_shapes,
+)
+
+TARGET = "crumplezone.workers.native:LlamaCell"
+RC_MEANING = {
+    1: "no memory slot for the batch (rc 1)",
+    2: "aborted by its callback (rc 2)",
+    -1: "llama.cpp calls the batch invalid (rc -1)",
+    -2: "allocation failed (rc -2)",
+    -3: "computation failed (rc -3)",
+}
+
+
+class RefusedError(Exception):
+    """The native call returned a code other than 0; the cell lives."""
+
+    def __init__(self, rc: int) -> None:
+        super().__init__(RC_MEANING.get(rc, f"rc {rc}"))
+        self.rc = rc
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a call gave back: float32, one row per requested output, or None where not asked."""
+
+    logits: npt.NDArray[np.float32] | None
+    embeddings: npt.NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted of a decode."""
+
+    logits: bool = True
+    embeddings: bool = False
+    encode: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds for one native call, and bytes of resident memory for one cell."""
+
+    deadline: float | None
+    memory: int | None
+
+
+class Runner:
+    """A llama.cpp cell, replaced when it has died.
+
+    Args:
+        config: Model and context.
+        limits: Of every call and every cell.
+        reporter: Where a crash of the loader is reported.
+        target: What the cell runs.
+    """
+
+    def __init__(self, config: CellConfig, limits: Limits, reporter: Reporter, target: str = TARGET) -> None:
+        self.config, self._limits, self._reporter = config, limits, reporter
+        self._target = target
+        self._cell: Cell | None = None
+        self._info: CellInfo | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running cell, if there is one."""
+        return self._cell.pid if self._cell and self._cell.alive else None
+
+    @property
+    def info(self) -> CellInfo:
+        """Facts of the model; starts the cell if it never ran."""
+        if self._info is None:
+            self.start()
+        assert self._info is not None
+        return self._info
+
+    def start(self) -> Cell:
+        """The running cell; a new one if there is none.
+
+        Raises:
+            ModelError: The model or the context could not be made.
+        """
+        if self._cell is None or not self._cell.alive:
+            spec = CellSpec(self._target, self.config, memory_limit=self._limits.memory)
+            try:
+                self._cell = Cell(spec)
+                self._info = self._cell.info(CellInfo)
+            except CellRefused as error:
+                if error.kind == "LoadError":
+                    raise ModelError(self.config.model, f"llama.cpp cannot load it: {error}") from error
+                raise CrumplezoneError(f"the cell did not start: {error.kind}: {error}") from error
+            except CellDied as died:
+                raise self._loader_crashed(died) from died
+        return self._cell
+
+    def _loader_crashed(self, died: CellDied) -> ModelError:
+        case = Case(result="the model could not be loaded")
+        case.step("native", Outcome.CRASHED, [], "while loading the model")
+        path = self._reporter.add(case, died.incident, "native", None)
+        evidence: Evidence = died.incident.evidence.result()
+        self._reporter.file(case, self.config, None)
+        self._reporter.flush()
+        what = text.summary(Report("", "", evidence, result=case.result))
+        return ModelError(self.config.model, f"llama.cpp died while loading it. {what} Report: {path}", path)
+
+    def decode(self, entries: Sequence[Entry], ask: Ask, chunk: int = 0) -> Rows:
+        """Decode (or encode) sequences from empty memory, all in one native call or ``chunk`` tokens at a time.
+
+        Raises:
+            RefusedError: The return code was not 0.
+            CellDied: The cell was lost.
+        """
+        cell, info = self.start(), self.info
+        tokens = np.concatenate([entry.tokens for entry in entries])
+        outputs = np.concatenate([entry.outputs for entry in entries])
+        n_outputs = int(outputs.sum())
+        request = Decode(len(tokens), n_outputs, ask.logits, ask.embeddings, ask.encode, chunk)
+        shapes = [*batch_shapes(len(tokens)), *row_shapes(request, info)]
+        arena = cell.arena.arrays(shapes)
+        arena[0][:] = tokens
+        arena[1][:] = np.concatenate([np.arange(len(entry.tokens)) for entry in entries])
+        arena[2][:] = np.repeat([entry.seq_id for entry in entries], [len(entry.tokens) for entry in entries])
+        arena[3][:] = outputs
+        self._check(cell.call(request, Decoded, self._limits.deadline).rc)
+        return Rows(
+            arena[6].reshape(n_outputs, info.n_vocab).copy() if ask.logits else None,
+            arena[7].reshape(n_outputs, info.n_embd).copy() if ask.embeddings else None,
+        )
+
+    def tokenize(self, prompt: str) -> npt.NDArray[np.int32]:
+        """Token ids of a prompt, int32, with the model's special tokens.
+
+        Raises:
+            CellDied: The cell was lost.
+        """
+        cell = self.start()
+        raw = prompt.encode("utf-8", "surrogatepass")
+        (room,) = cell.arena.arrays([("u1", len(raw))])
+        room[:] = np.frombuffer(raw, np.uint8)
+        n_tokens = cell.call(Tokenize(len(raw)), Tokenized, self._limits.deadline).n_tokens
+        if not 0 <= n_tokens <= len(raw) + 16:
+            raise CrumplezoneError(
+                f"the cell tokenised {len(raw)} bytes into {n_tokens} tokens: it cannot be trusted"
+            )
+        (tokens,) = cell.arena.arrays([("i4", n_tokens)])
+        return tokens.copy()
+
+    def generate(
+        self,
+        joins: Sequence[tuple[Join, npt.NDArray[np.int32]]],
+        steps: int,
+        chunk: int,
+        *,
+        reset: bool = False,
+    ) -> Generated:
+        """Run up to ``steps`` native calls over the running sequences and those that join.
+
+        Raises:
+            RefusedError: The return code was not 0.
+            CellDied: The cell was lost.
+        """
+        cell = self.start()
+        # Reserved once: both sides cut the same memory, first for the prompts, then for the batch.
+        cell.arena.reserve(batch_shapes(chunk))
+        for room, (_, tokens) in zip(
+            cell.arena.arrays([("i4", j.n_tokens) for j, _ in joins]), joins, strict=True
+        ):
+            room[:] = tokens
+        request = Generate([join for join, _ in joins], steps, chunk, reset)
+        generated = cell.call(request, Generated, self._limits.deadline)
+        self._check(generated.rc)
+        return generated
+
+    def last_batch(self, chunk: int) -> BatchRecord:
+        """The batch of the last native call of `generate`, as it lies in the arena of a dead cell."""
+        assert self._cell is not None
+        tokens, positions, seq_ids, outputs, sent, _ = self._cell.arena.arrays(batch_shapes(chunk))
+        n = int(np.count_nonzero(sent == 1))
+        return BatchRecord(
+            tokens=tokens[:n].tolist(),
+            positions=positions[:n].tolist(),
+            seq_ids=seq_ids[:n].tolist(),
+            outputs=[bool(output) for output in outputs[:n]],
+            operation="generate",
+        )
+
+    def close(self) -> None:
+        """End the cell."""
+        if self._cell is not None:
+            self._cell.close()
+
+    def _check(self, rc: int) -> None:
+        if rc:
+            if rc < -1:  # -2 and -3 leave a context that is not to be trusted
+                self.close()
+            raise RefusedError(rc)
