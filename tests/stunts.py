@@ -68,10 +68,12 @@ def _stack_overflow() -> None:
     _run_code(b"\x48\x81\xec\x00\x10\x00\x00\x6a\x01\xeb\xf5")  # sub rsp,4096; push 1; jmp to the start
 
 
-def _ggml_abort() -> None:
+def _ggml_abort(room: Room) -> None:
     from crumplezone.workers import native
 
-    native.ggml_base().ggml_abort(b"stunts.py", 7, b"GGML_ASSERT(%s) failed", b"stunt == double")
+    voices = native.Voices(room)  # the callback must outlive the abort
+    assert voices.last_error == ""
+    native.ggml().ggml_abort(b"stunts.py", 7, b"GGML_ASSERT(%s) failed", b"stunt == double")
 
 
 def _terminate() -> None:
@@ -139,7 +141,7 @@ class Double:
             numbers[:] *= 2
         elif name in {"kill", "term"}:
             os.kill(os.getpid(), signal.SIGKILL if name == "kill" else signal.SIGTERM)
-        elif name in {"close_socket", "garbage"}:
+        elif name in {"close_socket", "garbage", "ggml_abort"}:
             globals()[f"_{name}"](self._room)
         elif name != "echo":
             globals()[f"_{name}"]()

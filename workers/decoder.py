@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,11 +18,11 @@ from crumplezone.errors import BatchError, CellDied, CellRefused, InputError, Us
 from crumplezone.reports.schema import Outcome
 from crumplezone.reports.store import default_directory
 from crumplezone.workers.batch import LLAMA_MAX_SEQ, Batch, Entry, record
-from crumplezone.workers.generation import Generation, Sampling
+from crumplezone.workers.generation import Generation
 from crumplezone.workers.incident import Case, Reporter
 from crumplezone.workers.model import check_file
 from crumplezone.workers.protocol import CellConfig, CellInfo
-from crumplezone.workers.results import Completion, Result, Rung, SequenceResult
+from crumplezone.workers.results import Completion, Result, Rung, Sampling, SequenceResult
 from crumplezone.workers.runner import Ask, Limits, RefusedError, Rows, Runner
 from crumplezone.workers.safe import Descent
 
@@ -157,31 +157,27 @@ class Decoder:
         Raises:
             InputError: A prompt is no text or empty, or a parameter is out of range.
         """
-        _check_range("max_tokens", max_tokens, 1, 2**31 - 1)
-        _check_range("temperature", temperature, 0, 100)
-        _check_range("seed", seed, 0, 2**63 - 1)
-        numbered = list(enumerate(prompts))
-        for index, prompt in numbered:
+        finished = self.complete(dict(enumerate(prompts)), Sampling(max_tokens, temperature, seed))
+        return _in_order(finished) if ordered else finished
+
+    def complete(self, prompts: Mapping[int, str], sampling: Sampling) -> Iterator[Completion]:
+        """`generate` for prompts that keep numbers of their own; yields as they finish.
+
+        Raises:
+            InputError: A prompt is no text or empty, or a parameter is out of range.
+        """
+        _check_range("max_tokens", sampling.max_tokens, 1, 2**31 - 1)
+        _check_range("temperature", sampling.temperature, 0, 100)
+        _check_range("seed", sampling.seed, 0, 2**63 - 1)
+        for index, prompt in prompts.items():
             if not isinstance(prompt, str) or not prompt:
                 raise InputError(f"prompts[{index}]", prompt, "must be a text of at least one character")
-        sampling = Sampling(max_tokens, temperature, seed)
-        return self._completions(numbered, sampling, ordered=ordered)
+        return self._completions(prompts, sampling)
 
-    def _completions(
-        self, prompts: list[tuple[int, str]], sampling: Sampling, *, ordered: bool
-    ) -> Iterator[Completion]:
+    def _completions(self, prompts: Mapping[int, str], sampling: Sampling) -> Iterator[Completion]:
         with self._turn():
-            finished = Generation(self._native, self._descent, self._reporter, sampling).run(prompts)
-            if not ordered:
-                yield from finished
-                return
-            waiting: dict[int, Completion] = {}
-            due = 0
-            for completion in finished:
-                waiting[completion.index] = completion
-                while due in waiting:
-                    yield waiting.pop(due)
-                    due += 1
+            generation = Generation(self._native, self._descent, self._reporter, sampling)
+            yield from generation.run(list(prompts.items()))
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
@@ -279,6 +275,16 @@ class Decoder:
 def _check_range(field: str, value: float, low: int, high: int) -> None:
     if not low <= value <= high:
         raise InputError(field, value, f"must be from {low} to {high}")
+
+
+def _in_order(finished: Iterator[Completion]) -> Iterator[Completion]:
+    waiting: dict[int, Completion] = {}
+    due = 0
+    for completion in finished:
+        waiting[completion.index] = completion
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
 
 
 def _share_out(entries: list[Entry], rows: Rows) -> list[SequenceResult]:

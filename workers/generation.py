@@ -13,21 +13,12 @@ from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputErr
 from crumplezone.reports.schema import BatchRecord, Outcome
 from crumplezone.workers.incident import Case, Reporter
 from crumplezone.workers.protocol import Join, Progress
-from crumplezone.workers.results import Completion, Rung
+from crumplezone.workers.results import Completion, Rung, Sampling
 from crumplezone.workers.runner import RefusedError, Runner
 from crumplezone.workers.safe import Descent
 
 STEPS = 16  # native calls per control message: what a crash can cost is that much decoding again
 _SEED_STRIDE = 1_000_003  # prompts draw from different noise, each the same on every run and rung
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample: ``temperature`` 0 is greedy."""
-
-    max_tokens: int
-    temperature: float
-    seed: int
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import logging
-from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
@@ -43,10 +42,14 @@ class LoadError(Exception):
     """llama.cpp returned NULL for a model or a context."""
 
 
-def ggml_base() -> ctypes.CDLL:
-    """libggml-base, which llama-cpp-python loads but does not bind."""
-    library = Path(C.__file__).parent / "lib" / "libggml-base.so"
-    return ctypes.CDLL(str(library) if library.exists() else "libggml-base.so")
+def ggml() -> ctypes.CDLL:
+    """The handle through which ggml's own functions, which llama-cpp-python does not bind, are found.
+
+    dlsym on libllama searches what libllama was linked to. Opening libggml-base by a file name would not do:
+    a wheel holds copies under several names, and another copy has another abort callback.
+    """
+    library: ctypes.CDLL = C._lib  # noqa: SLF001 - there is no public name for it
+    return library
 
 
 class Voices:
@@ -60,8 +63,8 @@ class Voices:
         C.llama_log_set(self._log, ctypes.c_void_p(0))
         self._abort = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(room.arena.note_abort)
         try:
-            set_abort = ggml_base().ggml_set_abort_callback
-        except (OSError, AttributeError):
+            set_abort = ggml().ggml_set_abort_callback
+        except AttributeError:
             _log.warning("ggml_set_abort_callback is missing: aborts will carry no assertion text")
         else:
             set_abort.restype = ctypes.c_void_p
@@ -141,8 +144,8 @@ class LlamaCell:
     def _describe(self) -> CellInfo:
         text = ctypes.create_string_buffer(256)
         C.llama_model_desc(self.model, text, len(text))
-        base = ggml_base()
-        base.ggml_commit.restype = ctypes.c_char_p
+        commit = ggml().ggml_commit
+        commit.restype = ctypes.c_char_p
         return CellInfo(
             n_vocab=C.llama_vocab_n_tokens(self.vocab),
             n_embd=C.llama_model_n_embd_out(self.model),
@@ -153,7 +156,7 @@ class LlamaCell:
             has_decoder=bool(C.llama_model_has_decoder(self.model)),
             description=text.value.decode("utf-8", "replace"),
             system_info=C.llama_print_system_info().decode("utf-8", "replace"),
-            llama_cpp=f"{importlib.metadata.version('llama-cpp-python')} ({base.ggml_commit().decode()})",
+            llama_cpp=f"{importlib.metadata.version('llama-cpp-python')} ({commit().decode()})",
         )
 
     def clear(self) -> None:

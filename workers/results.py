@@ -22,6 +22,15 @@ class Rung(StrEnum):
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How to sample: ``temperature`` 0 is greedy."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class SequenceResult:
     """One sequence's rows, or the error with which it failed alone."""
 

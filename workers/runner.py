@@ -130,7 +130,7 @@ class Runner:
         return ModelError(self.config.model, f"llama.cpp died while loading it. {what} Report: {path}", path)
 
     def decode(self, entries: Sequence[Entry], ask: Ask, chunk: int = 0) -> Rows:
-        """Decode (or encode) sequences from empty memory, all in one native call or ``chunk`` tokens at a time.
+        """Decode (or encode) sequences from empty memory, in one native call or ``chunk`` tokens a time.
 
         Raises:
             RefusedError: The return code was not 0.

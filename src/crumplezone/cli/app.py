@@ -1,0 +1,96 @@
+"""``crumplezone``: the commands, and the only place where errors become exit codes.
+
+Exit codes: 0 done; 1 some prompts failed (their errors are in the output); 2 bad usage or bad input;
+3 the model could not be loaded, or this machine refused something; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from crumplezone.cli import triage
+from crumplezone.errors import CrumplezoneError, InputError, ReportError
+from crumplezone.reports.text import printable
+
+SOME_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Run llama.cpp where its crashes cannot reach you, and look at the ones that happened.",
+    epilog="Exit codes: 0 done; 1 some prompts failed (see the output file); 2 bad usage or input; "
+    "3 the model did not load or the machine refused; 130 interrupted.",
+)
+app.add_typer(triage.app, name="triage")
+
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", help="GGUF file. Default: the embedded SmolLM2.", show_default=False)
+]
+ReportsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--reports",
+        envvar="CRUMPLEZONE_REPORTS",
+        help="Crash report store. Default: $XDG_STATE_HOME/crumplezone/reports.",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def run(
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help='.jsonl (a "prompt" in each line), .txt (a prompt a line), or - for text on stdin.'
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="JSON lines, one per prompt, appended as they finish.")],
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add to each prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="For temperatures above 0.")] = 0,
+    n_seq_max: Annotated[int, typer.Option(min=1, max=256, help="Prompts decoded together.")] = 8,
+    n_ctx: Annotated[int, typer.Option(min=0, help="Context over all sequences; 0: 1024 for each.")] = 0,
+    reports: ReportsOption = None,
+) -> None:
+    """Complete prompts from a file. Run it again after any interruption: it goes on where it stopped."""
+    from crumplezone.cli.run import Job, complete
+    from crumplezone.workers.results import Sampling
+
+    job = Job(prompts, out, model, Sampling(max_tokens, temperature, seed), n_seq_max, n_ctx, reports)
+    raise typer.Exit(SOME_FAILED if complete(job) else 0)
+
+
+@app.command()
+def demo(model: ModelOption = None, reports: ReportsOption = None) -> None:
+    """Eight prompts in one native batch, then a real segmentation fault, survived and explained."""
+    from crumplezone.cli.demo import show
+
+    show(model, reports)
+
+
+def main() -> None:
+    """Entry point: every expected failure is one message on stderr and an exit code."""
+    logging.getLogger("llama.cpp").setLevel(logging.CRITICAL)  # its errors are part of ours
+    logging.getLogger("crumplezone").addHandler(logging.NullHandler())
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app()
+    except (InputError, ReportError) as error:
+        stderr.print(f"crumplezone: {printable(str(error))}", markup=False, style="bold red")
+        sys.exit(USAGE)
+    except (CrumplezoneError, OSError) as error:
+        stderr.print(f"crumplezone: {printable(str(error))}", markup=False, style="bold red")
+        sys.exit(ENVIRONMENT)
+    except KeyboardInterrupt:
+        stderr.print("crumplezone: interrupted; run the same command again to go on.", markup=False)
+        sys.exit(INTERRUPTED)
