@@ -201,13 +201,16 @@ class Cell:
 
     def _gone(self) -> CellDied:
         """End of file: dead, held (its fault is in the pipe), or alive and silent."""
+        fault, pidfd = self._process.lines.fault_fd, self._process.pidfd
         poller = select.poll()
-        poller.register(self._process.lines.fault_fd, select.POLLIN)
-        poller.register(self._process.pidfd, select.POLLIN)
+        poller.register(fault, select.POLLIN)
+        poller.register(pidfd, select.POLLIN)
         ready = dict(poller.poll(_CLOSE_GRACE_MS))
-        if ready.get(self._process.lines.fault_fd, 0) & select.POLLIN:
+        if ready.get(fault, 0) & select.POLLIN:
             return self._lost(held=True)
-        if self._process.pidfd in ready:
+        # A dying process closes its descriptors a moment before its pidfd tells of its end.
+        poller.unregister(fault)
+        if pidfd in ready or poller.poll(_CLOSE_GRACE_MS):
             return self._lost()
         return self._lost(protocol="the cell closed its socket but lives; killed by the supervisor")
 
