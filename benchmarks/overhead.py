@@ -2,9 +2,8 @@
 
 Both sides have the same model, parameters, tokens and outputs, empty the memory before each decode, and
 end with the logits rows in an array of the caller's own. The in-process batch is filled before the clock
-starts, the supervised one after: what is left to chance favours the in-process side.
-
-Run alternately, in pairs whose order changes, so that a drift of the machine meets both sides alike.
+starts, the supervised one after: a difference that is on purpose, and in favour of the in-process side.
+They run alternately, in pairs whose order changes, so that a drift of the machine meets both sides alike.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from crumplezone import Batch, Decoder, embedded_model
+from crumplezone import Batch, Decoder, Result, embedded_model
 
 SEQUENCES = (1, 4, 16)
 TOKENS = 128  # per sequence
 CTX_PER_SEQUENCE = 256
 N_BATCH, N_UBATCH = 2048, 512
-WARM_UP = 2
+WARM_UP = 1  # untimed pairs per row, which also check that both sides give the same logits
 AIM = 1.02  # median of supervised / in-process
 
 Rows = npt.NDArray[np.float32]
@@ -118,15 +117,13 @@ def measure(path: Path, model: Any, n_seq: int, pairs: int, n_threads: int, repo
         reports=reports,
     ) as decoder:
 
-        def supervised() -> Rows:
-            result = decoder.decode(Batch.of(sequences))
-            return np.stack([result.logits(seq_id) for seq_id in range(n_seq)]) if check else np.empty(0)
+        def supervised() -> Result:
+            return decoder.decode(Batch.of(sequences))
 
-        check = True
         for _ in range(WARM_UP):
-            if not np.array_equal(bare.decode(), supervised()):
+            expected, got = bare.decode(), supervised()
+            if not all(np.array_equal(expected[i], got.logits(i)) for i in range(n_seq)):
                 raise SystemExit(f"{n_seq} sequences: the two sides gave different logits")
-        check = False
         row = Row(n_seq, [], [])
         for pair in range(pairs):
             sides = [(row.in_process, bare.decode), (row.supervised, supervised)]
@@ -159,6 +156,7 @@ def main() -> None:
     threads = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=threads, help="compute threads on each side")
     options = parser.parse_args()
+    console = Console()
     silence = C.llama_log_callback(lambda *_: None)  # must outlive every call
     C.llama_log_set(silence, None)
     C.llama_backend_init()
@@ -167,8 +165,11 @@ def main() -> None:
     if not model:
         raise SystemExit(f"llama.cpp cannot load {path}")
     with tempfile.TemporaryDirectory() as reports:
-        rows = [measure(path, model, n, options.pairs, options.threads, reports) for n in SEQUENCES]
-    Console().print(table(rows))
+        rows = []
+        for n_seq in SEQUENCES:
+            with console.status(f"{n_seq} x {TOKENS} tokens, {options.pairs} pairs"):
+                rows.append(measure(path, model, n_seq, options.pairs, options.threads, reports))
+    console.print(table(rows))
     C.llama_model_free(model)
 
 

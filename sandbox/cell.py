@@ -69,7 +69,9 @@ class Incident:
     caller: list[Frame]
 
 
-def _abandon(process: Process, drain: Drain) -> None:
+def _abandon(process: Process, drain: Drain, owner: int) -> None:
+    if os.getpid() != owner:  # a fork inherited this object, but not the cell
+        return
     process.kill()
     drain.stop()
     process.close()
@@ -99,7 +101,7 @@ class Cell:
         self._phase = "start"
         self._process = process = spawn(spec.env)
         self._drain = Drain(process, spec.memory_limit)
-        self._finalizer = weakref.finalize(self, _abandon, process, self._drain)
+        self._finalizer = weakref.finalize(self, _abandon, process, self._drain, self._owner)
         self._channel = Channel(process.lines.sock, FromChild)
         self._poller = select.poll()
         for fd in (process.lines.sock.fileno(), process.lines.fault_fd, process.pidfd):
@@ -165,15 +167,14 @@ class Cell:
 
     def close(self) -> None:
         """End the process and release everything. Idempotent."""
-        if self._finalizer.detach() is None:
+        if self._finalizer.detach() is None or os.getpid() != self._owner:
             return
         with contextlib.suppress(OSError):
             self._process.lines.sock.close()
         poller = select.poll()
         poller.register(self._process.pidfd, select.POLLIN)
-        if os.getpid() == self._owner:
-            poller.poll(_CLOSE_GRACE_MS)
-            _abandon(self._process, self._drain)
+        poller.poll(_CLOSE_GRACE_MS)
+        _abandon(self._process, self._drain, self._owner)
 
     def _exchange(self, frame: msgspec.Struct, deadline: float | None) -> object:
         with contextlib.suppress(ChannelClosed):  # it died between two calls: the wait below finds out how

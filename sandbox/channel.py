@@ -10,7 +10,7 @@ import socket
 
 import msgspec
 
-MAX_FRAME = 64 * 1024
+MAX_FRAME = 128 * 1024  # below Linux's default SO_SNDBUF (net.core.wmem_default, 212992)
 
 
 class Start(msgspec.Struct, tag="start", frozen=True):

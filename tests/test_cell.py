@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import select
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
+from logging.handlers import QueueHandler
 from pathlib import Path
 
 import psutil
@@ -158,23 +159,19 @@ def test_flood_of_stderr_is_drained_into_a_bounded_tail() -> None:
     assert len(tail) <= 64 * 1024
 
 
-def test_log_records_arrive_under_their_own_name_and_level(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    arrived = threading.Event()
-
-    class Wait(logging.Handler):
-        def emit(self, _: logging.LogRecord) -> None:
-            arrived.set()
-
-    handler = Wait()
-    logging.getLogger("stunts.voice").addHandler(handler)
+def test_log_records_arrive_under_their_own_name_and_level() -> None:
+    records: queue.Queue[logging.LogRecord] = queue.Queue()
+    logger = logging.getLogger("stunts.voice")
+    handler = QueueHandler(records)
+    logger.addHandler(handler)
     cell = Cell(spec())
-    cell.call(Stunt("log"), Echo, 30)
-    assert arrived.wait(10)
-    logging.getLogger("stunts.voice").removeHandler(handler)
-    record = next(r for r in caplog.records if r.name == "stunts.voice")
-    assert (record.levelname, record.getMessage(), record.process) == ("WARNING", "line 1", cell.pid)
-    cell.close()
+    try:
+        cell.call(Stunt("log"), Echo, 30)
+        record = records.get(timeout=10)
+        assert (record.levelname, record.getMessage(), record.process) == ("WARNING", "line 1", cell.pid)
+    finally:
+        logger.removeHandler(handler)
+        cell.close()
 
 
 SUPERVISOR = """

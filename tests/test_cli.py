@@ -42,19 +42,8 @@ def crumplezone(
 
 
 def run(tmp_path: Path, model: Path, prompts: str, *more: str) -> subprocess.CompletedProcess[str]:
-    arguments = [
-        "run",
-        "--model",
-        model,
-        "--prompts",
-        prompts,
-        "--out",
-        "out.jsonl",
-        "--max-tokens",
-        "8",
-        *more,
-    ]
-    return crumplezone(*arguments, cwd=tmp_path)
+    given = ("--model", model, "--prompts", prompts, "--out", "out.jsonl", "--max-tokens", "8")
+    return crumplezone("run", *given, *more, cwd=tmp_path)
 
 
 def lines(tmp_path: Path) -> list[dict[str, Any]]:

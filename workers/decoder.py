@@ -72,11 +72,12 @@ class Decoder:
         _check_range("n_batch", n_batch, 1, 2**31 - 1)
         _check_range("n_ubatch", n_ubatch, 1, 2**31 - 1)
         _check_range("n_threads", n_threads, 0, 512)
-        check_file(Path(model))
+        path = Path(model).absolute()
+        check_file(path)
         threads = n_threads or len(os.sched_getaffinity(0))
         size = n_ctx or 1024 * n_seq_max
         config = CellConfig(
-            str(model), size, n_batch, min(n_ubatch, n_batch), n_seq_max, threads, n_gpu_layers
+            str(path), size, n_batch, min(n_ubatch, n_batch), n_seq_max, threads, n_gpu_layers
         )
         self._owner = os.getpid()
         self._busy = threading.Lock()

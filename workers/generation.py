@@ -36,7 +36,8 @@ class _Running:
         """Add what came back; returns the finish reason or an empty string."""
         self.produced += progress.tokens
         self.text += progress.text
-        return progress.finished
+        # A cell that never said so would be asked for ever.
+        return progress.finished or ("length" if len(self.produced) >= self.max_tokens else "")
 
     def done(
         self, reason: str, rung: Rung, error: CrumplezoneError | None = None, reports: tuple[str, ...] = ()
@@ -172,8 +173,8 @@ class Generation:
             chunks.append(chunk)
             joins, reason = [running.join(0, self._sampling)], ""
             while not reason:
-                (progress,) = runner.generate(joins, STEPS, chunk, reset=bool(joins)).progress
-                reason, joins = running.take(progress), []
+                generated = runner.generate(joins, STEPS, chunk, reset=bool(joins))
+                reason, joins = running.take(generated.progress[0]), []
             return reason
 
         def batch() -> BatchRecord:

@@ -127,5 +127,5 @@ class Reporter:
             )
             path = self.store.write(report, text.render(report))
             _log.warning("%s Report: %s", text.summary(report), path)
-        except (ReportError, OSError):
-            _log.exception("the report of crash %s could not be written", crash.id)
+        except (ReportError, OSError) as error:
+            _log.error("the report of crash %s could not be written: %s", crash.id, error)

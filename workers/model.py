@@ -40,6 +40,10 @@ def check_file(path: Path) -> None:
         ModelError: Missing, unreadable, empty, cut short, or not GGUF.
     """
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ModelError(ascii(str(path)), "has a name that is not UTF-8; rename it") from None
+    try:
         with path.open("rb") as file:
             head = file.read(_HEADER)
     except OSError as error:

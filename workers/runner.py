@@ -195,6 +195,8 @@ class Runner:
         request = Generate([join for join, _ in joins], steps, chunk, reset)
         generated = cell.call(request, Generated, self._limits.deadline)
         self._check(generated.rc)
+        if not generated.progress:
+            raise CellRefused("Generate", "no sequence moved")
         return generated
 
     def last_batch(self, chunk: int) -> BatchRecord:

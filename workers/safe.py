@@ -104,8 +104,9 @@ class SafeBatchProcessor:
         deadline: float | None = 300.0,
         reports: str | Path | None = None,
     ) -> None:
-        check_file(Path(model))
-        self._config = CellConfig(str(model), n_ctx, n_batch, min(512, n_batch), 1, n_threads)
+        path = Path(model).absolute()
+        check_file(path)
+        self._config = CellConfig(str(path), n_ctx, n_batch, min(512, n_batch), 1, n_threads)
         self._reporter = Reporter(Path(reports) if reports else default_directory())
         self._descent = Descent(self._config, Limits(deadline, None), self._reporter)
 

@@ -81,7 +81,7 @@ def demo(model: ModelOption = None, reports: ReportsOption = None) -> None:
 def main() -> None:
     """Entry point: every expected failure is one message on stderr and an exit code."""
     logging.getLogger("llama.cpp").setLevel(logging.CRITICAL)  # its errors are part of ours
-    logging.getLogger("crumplezone").addHandler(logging.NullHandler())
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app()
