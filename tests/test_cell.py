@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -215,6 +216,7 @@ def test_nothing_is_left_behind() -> None:
             died.incident.evidence.result(30)
 
     one("segv")
+    gc.collect()
     before = len(list(Path("/proc/self/fd").iterdir()))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(one, ["segv", "echo", "kill", "exit_native", "echo", "segv"]))

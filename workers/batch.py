@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import InputError
+from crumplezone.errors import InputError, check_integer
 from crumplezone.reports.schema import BatchRecord
 
 LLAMA_MAX_SEQ = 256  # llama.cpp, src/llama-cparams.h
@@ -43,10 +43,8 @@ class Batch:
     """
 
     def __init__(self, n_tokens: int, n_seq_max: int = 1) -> None:
-        if not 1 <= n_tokens <= _INT32_MAX:
-            raise InputError("n_tokens", n_tokens, f"must be from 1 to {_INT32_MAX}")
-        if not 1 <= n_seq_max <= LLAMA_MAX_SEQ:
-            raise InputError("n_seq_max", n_seq_max, f"must be from 1 to {LLAMA_MAX_SEQ} (LLAMA_MAX_SEQ)")
+        check_integer("n_tokens", n_tokens, 1, _INT32_MAX)
+        check_integer("n_seq_max", n_seq_max, 1, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
         self.n_tokens, self.n_seq_max = n_tokens, n_seq_max
         self._entries: dict[int, Entry] = {}
         self._used = 0
@@ -71,8 +69,8 @@ class Batch:
         Raises:
             InputError: A value is out of range or does not fit; the batch is unchanged.
         """
-        if not 0 <= seq_id < self.n_seq_max:
-            raise InputError("seq_id", seq_id, f"must be from 0 to n_seq_max - 1 = {self.n_seq_max - 1}")
+        check_integer("seq_id", seq_id, 0, self.n_seq_max - 1, " (n_seq_max - 1)")
+        seq_id = int(seq_id)
         if seq_id in self._entries:
             raise InputError("seq_id", seq_id, "is in the batch already; use another id or a new batch")
         if output not in ("last", "all", "none"):

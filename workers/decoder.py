@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import BatchError, CellDied, CellRefused, InputError, UsageError
+from crumplezone.errors import BatchError, CellDied, CellRefused, InputError, UsageError, check_integer
 from crumplezone.reports.schema import Outcome
 from crumplezone.reports.store import default_directory
 from crumplezone.workers.batch import LLAMA_MAX_SEQ, Batch, Entry, record
@@ -25,6 +25,8 @@ from crumplezone.workers.protocol import CellConfig, CellInfo
 from crumplezone.workers.results import Completion, Result, Rung, Sampling, SequenceResult
 from crumplezone.workers.runner import Ask, Limits, RefusedError, Rows, Runner
 from crumplezone.workers.safe import Descent
+
+_INT32_MAX = 2**31 - 1
 
 
 class Decoder:
@@ -67,11 +69,20 @@ class Decoder:
         memory_limit: int | None = None,
         reports: str | Path | None = None,
     ) -> None:
-        _check_range("n_seq_max", n_seq_max, 1, LLAMA_MAX_SEQ)
-        _check_range("n_ctx", n_ctx, 0, 2**31 - 1)
-        _check_range("n_batch", n_batch, 1, 2**31 - 1)
-        _check_range("n_ubatch", n_ubatch, 1, 2**31 - 1)
-        _check_range("n_threads", n_threads, 0, 512)
+        check_integer("n_seq_max", n_seq_max, 1, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
+        check_integer("n_ctx", n_ctx, 0, _INT32_MAX)
+        if 0 < n_ctx < n_seq_max:
+            raise InputError(
+                "n_ctx", n_ctx, f"must give each of the {n_seq_max} sequences at least one token"
+            )
+        check_integer("n_batch", n_batch, 1, _INT32_MAX)
+        check_integer("n_ubatch", n_ubatch, 1, _INT32_MAX)
+        check_integer("n_threads", n_threads, 0, 512)
+        check_integer("n_gpu_layers", n_gpu_layers, -1, 2**20)
+        if memory_limit is not None:
+            check_integer("memory_limit", memory_limit, 1, 2**63 - 1)
+        if deadline is not None:
+            _check_number("deadline", deadline, 1e-3, 1e7)
         path = Path(model).absolute()
         check_file(path)
         threads = n_threads or len(os.sched_getaffinity(0))
@@ -158,6 +169,8 @@ class Decoder:
         Raises:
             InputError: A prompt is no text or empty, or a parameter is out of range.
         """
+        if isinstance(prompts, str | bytes):
+            raise InputError("prompts", prompts, "must be a list of texts, not one text")
         finished = self.complete(dict(enumerate(prompts)), Sampling(max_tokens, temperature, seed))
         return _in_order(finished) if ordered else finished
 
@@ -167,9 +180,9 @@ class Decoder:
         Raises:
             InputError: A prompt is no text or empty, or a parameter is out of range.
         """
-        _check_range("max_tokens", sampling.max_tokens, 1, 2**31 - 1)
-        _check_range("temperature", sampling.temperature, 0, 100)
-        _check_range("seed", sampling.seed, 0, 2**63 - 1)
+        check_integer("max_tokens", sampling.max_tokens, 1, _INT32_MAX)
+        _check_number("temperature", sampling.temperature, 0, 100)
+        check_integer("seed", sampling.seed, 0, 2**63 - 1)
         for index, prompt in prompts.items():
             if not isinstance(prompt, str) or not prompt:
                 raise InputError(f"prompts[{index}]", prompt, "must be a text of at least one character")
@@ -273,9 +286,9 @@ class Decoder:
         return Result(sequences, reports, note)
 
 
-def _check_range(field: str, value: float, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InputError(field, value, f"must be from {low} to {high}")
+def _check_number(field: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InputError(field, value, f"must be a number from {low:g} to {high:g}")
 
 
 def _in_order(finished: Iterator[Completion]) -> Iterator[Completion]:

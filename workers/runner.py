@@ -161,6 +161,7 @@ class Runner:
         """
         cell = self.start()
         raw = prompt.encode("utf-8", "surrogatepass")
+        cell.arena.reserve([("i4", len(raw) + 16)])  # the tokens come back in the text's place
         (room,) = cell.arena.arrays([("u1", len(raw))])
         room[:] = np.frombuffer(raw, np.uint8)
         n_tokens = cell.call(Tokenize(len(raw)), Tokenized, self._limits.deadline).n_tokens

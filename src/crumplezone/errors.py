@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 
@@ -34,6 +35,16 @@ class InputError(CrumplezoneError, ValueError):
             shown = shown[:117] + "..."
         super().__init__(f"{field} is {shown}: {limit}")
         self.field, self.value, self.limit = field, value, limit
+
+
+def check_integer(field: str, value: object, low: int, high: int, why: str = "") -> None:
+    """Raise `InputError` unless a value is an integer from ``low`` to ``high``."""
+    limit = f"must be from {low} to {high}{why}"
+    # numpy's integers are no int, but know __index__; so does bool, which nobody means here.
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(field, value, f"must be an integer; {limit}")
+    if not low <= operator.index(value) <= high:
+        raise InputError(field, value, limit)
 
 
 class ModelError(CrumplezoneError):
