@@ -46,8 +46,9 @@ class Arena:
         if fd is None:
             fd = os.memfd_create("crumplezone-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, HEADER)
-            # A child that shrank the file would turn the supervisor's next read into SIGBUS.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            # A child that shrank the file would turn the supervisor's next read into SIGBUS; one that sealed
+            # it against growth would fail the next request.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         self.fd = fd
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)
 

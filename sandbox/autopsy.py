@@ -121,6 +121,8 @@ def _examine(death: Death) -> Evidence:
         with _step(death, "faulthandler"):
             process.signal(signal.SIGCONT)
             text = _release(process)
+            if death.frame is None and not select.select([process.pidfd], [], [], 0)[0]:
+                death.protocol = "the cell wrote to its fault pipe but did not die; killed by the supervisor"
     with _step(death, "reap"):
         returncode = process.kill()
     death.drain.stop()
@@ -234,8 +236,10 @@ def _release(process: Process) -> str:
     read: list[bytes] = []
 
     def more() -> bool:
-        read.append(os.read(fd, 65536))
-        return bool(read[-1])
+        data = os.read(fd, 65536)
+        if sum(map(len, read)) < _TEXT_MAX:
+            read.append(data)
+        return bool(data)
 
     _until(process, fd, more)
     return b"".join(read)[:_TEXT_MAX].decode("utf-8", "replace")
@@ -248,9 +252,11 @@ def _until(process: Process, fd: int, more: Callable[[], bool]) -> None:
     end = time.monotonic() + _DEATH_DEADLINE
     while True:
         left = end - time.monotonic()
-        ready = {each for each, _ in poller.poll(max(left, 0) * 1000)}
+        if left <= 0:
+            return
+        ready = {each for each, _ in poller.poll(left * 1000)}
         if fd in ready:
             if not more():
                 poller.unregister(fd)
-        elif process.pidfd in ready or left <= 0:
+        elif process.pidfd in ready:
             return

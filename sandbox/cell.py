@@ -155,7 +155,14 @@ class Cell:
             raise UsageError("this cell is closed, or was made before a fork: make a new one")
         call_id = self._next_id
         self._next_id += 1
-        frame = self._exchange(Call(call_id, msgspec.Raw(msgspec.msgpack.encode(request))), deadline)
+        call = Call(call_id, msgspec.Raw(msgspec.msgpack.encode(request)))
+        try:
+            frame = self._exchange(call, deadline)
+        except CellDied:
+            raise
+        except BaseException:  # an interrupted call would leave its reply in the socket for the next one
+            self.close()
+            raise
         if isinstance(frame, Failure) and frame.id == call_id:
             raise CellRefused(frame.kind, frame.message)
         if not isinstance(frame, Reply) or frame.id != call_id:
@@ -221,7 +228,8 @@ class Cell:
     def _lost(self, *, held: bool = False, hang: bool = False, protocol: str = "") -> CellDied:
         """Hand the process to the autopsy and return the error to raise."""
         process = self._process
-        self._finalizer.detach()
+        if self._finalizer.detach() is None:
+            raise UsageError("this cell was closed by another thread in the middle of a call")
         now = dt.datetime.now(dt.UTC)
         death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, hang, protocol)
         if held or hang:

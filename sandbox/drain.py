@@ -21,8 +21,10 @@ from crumplezone.sandbox.launch import Process
 
 _STDERR_TAIL = 64 * 1024
 _LOG_TAIL = 200
+_STOP_GRACE = 5.0  # seconds
 _NAMES_MAX = 256  # logging keeps every logger for ever: a hostile cell must not fill memory with names
 _MEMORY_PERIOD_MS = 20
+_MESSAGE_MAX, _TAIL_MESSAGE_MAX = 8192, 2048
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +57,10 @@ class Drain:
         """Read what is left, then end the thread. Call once the cell is reaped."""
         if self._thread.is_alive():
             os.write(self._stop_write, b".")
-            self._thread.join()
+            # A caller's logging handler may hold the thread: its descriptors are then left to it.
+            self._thread.join(_STOP_GRACE)
+            if self._thread.is_alive():
+                return
         os.close(self._stop_read)
         os.close(self._stop_write)
 
@@ -120,15 +125,16 @@ class Drain:
         return True
 
     def _deliver(self, line: LogLine) -> None:
-        self._logs.append(f"{logging.getLevelName(line.level)} {line.name}: {line.message}")
-        name = line.name[:200]
+        # The child keeps these bounds too, but a child is not to be trusted.
+        name, message = line.name[:200], line.message[:_MESSAGE_MAX]
+        self._logs.append(f"{logging.getLevelName(line.level)} {name}: {message[:_TAIL_MESSAGE_MAX]}")
         if name not in self._names:
             if len(self._names) >= _NAMES_MAX:
                 name = __name__
             self._names.add(name)
         logger = logging.getLogger(name)
         if logger.isEnabledFor(line.level):
-            record = logging.LogRecord(name, line.level, line.path, line.line, line.message, (), None)
+            record = logging.LogRecord(name, line.level, line.path[:1024], line.line, message, (), None)
             record.created = line.created
             record.threadName = line.thread
             record.process = self._process.pid

@@ -70,7 +70,8 @@ class Process:
         """Signal the cell if it has not been reaped."""
         if self.popen.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self.popen.send_signal(signum)
+                # Popen.send_signal would reap a dead leader, and its group could no longer be killed.
+                signal.pidfd_send_signal(self.pidfd, signum)
 
     def kill(self) -> int:
         """SIGKILL the whole process group, reap the cell, and return its returncode."""

@@ -5,7 +5,9 @@ A corrupt target can crash or stall an unwinder; the supervisor only reads the J
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import signal
 import sys
 from typing import Any
 
@@ -18,6 +20,7 @@ from crumplezone.reports.schema import Frame, Thread
 from crumplezone.sandbox.sigframe import Mapping, find_map, read_maps
 
 _FRAMES_MAX = 128
+_PR_SET_PDEATHSIG = 1
 
 
 class Stacks(msgspec.Struct, frozen=True):
@@ -84,6 +87,8 @@ def unwind(pid: int) -> list[Thread]:
 
 def main() -> None:
     """Print the stacks of the process named on the command line as JSON."""
+    # The thread that spawned us waits for us, so here its death is the supervisor's.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         stacks = Stacks(unwind(int(sys.argv[1])))
     except Exception as error:  # noqa: BLE001 - whatever fails here is a line of the report's provenance

@@ -8,12 +8,14 @@ import logging
 import mmap
 import os
 import signal
+import socket
 import sys
 import threading
 from typing import Any
 
 import msgspec
 
+from crumplezone.sandbox.channel import LogLine
 from crumplezone.sandbox.child import Room
 
 
@@ -116,6 +118,17 @@ def _garbage(room: Room) -> None:
 
 def _log() -> None:
     logging.getLogger("stunts.voice").warning("line %d", 1, extra={"odd": object()})
+
+
+def _fake_fault() -> None:
+    while True:
+        os.write(int(sys.argv[3]), b"x" * 4096)  # the fault pipe, as the child was told
+
+
+def _shout() -> None:
+    log = socket.socket(fileno=os.dup(int(sys.argv[2])))
+    for _ in range(20):
+        log.send(msgspec.msgpack.encode(LogLine("stunts.voice", 10, "A" * 100_000, 0.0)))
 
 
 class Double:

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from logging.handlers import QueueHandler
 from pathlib import Path
@@ -173,6 +174,32 @@ def test_log_records_arrive_under_their_own_name_and_level() -> None:
     finally:
         logger.removeHandler(handler)
         cell.close()
+
+
+def test_an_interrupted_call_does_not_answer_the_next_one() -> None:
+    cell = Cell(spec())
+    timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        cell.call(Stunt("hang"), Echo, 30)
+    timer.join()
+    assert not cell.alive
+
+
+def test_a_cell_that_writes_to_its_fault_pipe_for_ever_is_bounded() -> None:
+    evidence = die("fake_fault")
+    assert evidence.exit == Exit.PROTOCOL
+    assert len(evidence.faulthandler) <= 64 * 1024
+
+
+def test_huge_log_records_of_a_hostile_cell_are_cut() -> None:
+    cell = Cell(spec())
+    cell.call(Stunt("shout"), Echo, 30)
+    with pytest.raises(CellDied) as caught:
+        cell.call(Stunt("kill"), Echo, 30)
+    tail = caught.value.incident.evidence.result(30).log_tail
+    assert tail
+    assert max(map(len, tail)) < 4096
 
 
 SUPERVISOR = """

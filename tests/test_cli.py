@@ -163,6 +163,25 @@ def test_bad_output(tmp_path: Path, model: Path) -> None:
     assert "another" in (tmp_path / "out.jsonl").read_text()
 
 
+def test_a_file_that_is_not_ours_is_left_alone(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in.txt").write_text("hello\n")
+    (tmp_path / "out.jsonl").write_text("precious, and without a line end")
+    done = run(tmp_path, model, "in.txt")
+    assert (done.returncode, "last line of --out" in done.stderr) == (2, True)
+    assert (tmp_path / "out.jsonl").read_text() == "precious, and without a line end"
+
+
+def test_fifos_and_deep_json_are_refused_at_once(tmp_path: Path, model: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "in.txt").write_text("hello\n")
+    (tmp_path / "deep.jsonl").write_text('{"prompt": "x", "a": ' + "[" * 100_000)
+    assert "not a regular file" in run(tmp_path, Path("fifo"), "in.txt").stderr
+    given = ("run", "--model", model, "--prompts", "in.txt", "--out", "fifo")
+    assert crumplezone(*given, cwd=tmp_path).returncode == 2
+    deep = run(tmp_path, model, "deep.jsonl")
+    assert (deep.returncode, "line 1" in deep.stderr, "Traceback" in deep.stderr) == (2, True, False)
+
+
 def test_a_prompt_that_does_not_fit_fails_alone(tmp_path: Path, model: Path) -> None:
     (tmp_path / "in.txt").write_text("short\n" + "long " * 300 + "\nalso short\n")
     done = run(tmp_path, model, "in.txt", "--n-ctx", "256", "--n-seq-max", "1")

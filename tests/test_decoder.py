@@ -485,6 +485,35 @@ def test_bad_batches_are_refused_and_cost_nothing(tiny: Path, make: Open, store:
     assert store.list() == []
 
 
+def test_a_prompt_is_not_blamed_for_a_cell_that_was_killed_before_it(tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 2)
+    assert decoder.pid is not None
+    os.kill(decoder.pid, signal.SIGKILL)
+    completions = list(decoder.generate(["aa", "bb", "cc"], max_tokens=4))
+    assert [completion.error for completion in completions] == [None, None, None]
+
+
+def test_close_ends_a_suspended_generation(tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 1)
+    completions = decoder.generate(["aa", "bb", "cc"], max_tokens=4)
+    next(completions)
+    decoder.close()
+    assert list(completions) == []
+    with pytest.raises(UsageError):
+        decoder.tokenize("x")
+
+
+def test_close_waits_for_the_call_of_another_thread(tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 4)
+    batch = Batch.of([[5] * 60] * 4)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(decoder.decode, batch) for _ in range(4)]
+        jobs[0].result()
+        decoder.close()
+        for job in jobs:
+            assert isinstance(job.exception(), UsageError | None)
+
+
 def test_bad_prompts(tiny: Path, make: Open) -> None:
     decoder = make(tiny, 2)
     for prompts in (["a", ""], ["a", None], [b"bytes"]):

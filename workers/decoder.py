@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -94,6 +94,7 @@ class Decoder:
         self._busy = threading.Lock()
         self._busy_thread = 0
         self._closed = False
+        self._running: Generator[Completion, None, None] | None = None
         self._preflight_on = preflight
         self._reporter = Reporter(Path(reports) if reports else default_directory())
         limits = Limits(deadline, memory_limit)
@@ -118,7 +119,14 @@ class Decoder:
             CellDied: The tokenizer crashed.
         """
         with self._turn():
-            return self._native.tokenize(text)
+            try:
+                return self._native.tokenize(text)
+            except CellDied as died:
+                case = Case(result="the tokenizer failed")
+                case.step(Rung.NATIVE, Outcome.CRASHED, [], "tokenize")
+                self._reporter.add(case, died.incident, Rung.NATIVE, None)
+                self._reporter.file(case, self._native.config, self._native.info)
+                raise
 
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
         """Decode every sequence of a batch from empty memory.
@@ -174,7 +182,7 @@ class Decoder:
         finished = self.complete(dict(enumerate(prompts)), Sampling(max_tokens, temperature, seed))
         return _in_order(finished) if ordered else finished
 
-    def complete(self, prompts: Mapping[int, str], sampling: Sampling) -> Iterator[Completion]:
+    def complete(self, prompts: Mapping[int, str], sampling: Sampling) -> Generator[Completion, None, None]:
         """`generate` for prompts that keep numbers of their own; yields as they finish.
 
         Raises:
@@ -188,22 +196,35 @@ class Decoder:
                 raise InputError(f"prompts[{index}]", prompt, "must be a text of at least one character")
         return self._completions(prompts, sampling)
 
-    def _completions(self, prompts: Mapping[int, str], sampling: Sampling) -> Iterator[Completion]:
+    def _completions(
+        self, prompts: Mapping[int, str], sampling: Sampling
+    ) -> Generator[Completion, None, None]:
         with self._turn():
             generation = Generation(self._native, self._descent, self._reporter, sampling)
-            yield from generation.run(list(prompts.items()))
+            self._running = generation.run(list(prompts.items()))
+            try:
+                yield from self._running
+            finally:
+                self._running = None
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
         self._reporter.flush()
 
     def close(self) -> None:
-        """End the cells and finish the reports. Idempotent."""
-        if not self._closed and os.getpid() == self._owner:
+        """End the cells and finish the reports. Waits for a call of another thread. Idempotent."""
+        if os.getpid() != self._owner:
+            return
+        mine = self._busy_thread == threading.get_ident()  # a generate() of this thread, suspended
+        with contextlib.nullcontext() if mine else self._busy:
+            if self._closed:
+                return
             self._closed = True
-            self._native.close()
+            if self._running is not None:
+                self._running.close()  # it still has reports to file
+            self._native.shut()
             if self._descent:
-                self._descent.runner.close()
+                self._descent.runner.shut()
             self._reporter.close()
 
     def __enter__(self) -> Self:

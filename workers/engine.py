@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import numpy as np
@@ -26,7 +26,7 @@ class _Sequence:
     left: int = 0
     tokens: list[int] = field(default_factory=list)
     text: bytearray = field(default_factory=bytearray)
-    finished: str = ""
+    finished: Literal["", "stop", "length"] = ""
 
 
 def sample(logits: npt.NDArray[np.float32], temperature: float, seed: int, position: int) -> int:

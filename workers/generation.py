@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError
+from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, SequenceError
 from crumplezone.reports.schema import BatchRecord, Outcome
 from crumplezone.workers.incident import Case, Reporter
 from crumplezone.workers.protocol import Join, Progress
@@ -34,7 +34,7 @@ class _Running:
 
     def take(self, progress: Progress) -> str:
         """Add what came back; returns the finish reason or an empty string."""
-        self.produced += progress.tokens
+        self.produced += progress.tokens[: self.max_tokens - len(self.produced)]
         self.text += progress.text
         # A cell that never said so would be asked for ever.
         return progress.finished or ("length" if len(self.produced) >= self.max_tokens else "")
@@ -70,8 +70,9 @@ class Generation:
         self._native, self._descent, self._reporter = native, descent, reporter
         self._sampling = sampling
         self._running: dict[int, _Running] = {}
+        self._pid: int | None = None  # the cell that knows the running sequences
 
-    def run(self, prompts: list[tuple[int, str]]) -> Iterator[Completion]:
+    def run(self, prompts: list[tuple[int, str]]) -> Generator[Completion, None, None]:
         """Yield completions as they finish."""
         queue = iter(prompts)
         free = list(range(self._native.config.n_seq_max))[::-1]
@@ -100,32 +101,40 @@ class Generation:
 
     def _admit(self, index: int, prompt: str) -> _Running | Completion:
         try:
-            tokens = self._native.tokenize(prompt)
+            try:
+                tokens = self._native.tokenize(prompt)
+            except CellDied as died:  # perhaps of something older than this prompt: a new cell will tell
+                self._report_tokenizer(index, died, "the tokenizer was asked again in a new cell")
+                tokens = self._native.tokenize(prompt)
             n_ctx_seq = self._native.info.n_ctx_seq
             if not 0 < len(tokens) < n_ctx_seq:
                 limit = f"the context holds {n_ctx_seq} tokens per sequence, one of them to generate"
                 raise InputError(f"number of tokens of prompt {index}", len(tokens), limit)
         except CellDied as died:
-            return self._lost_in_tokenizer(index, prompt, died)
-        except (CellRefused, InputError) as error:
-            return Completion(index, prompt, "", [], "error", Rung.NATIVE, error)
+            path = self._report_tokenizer(
+                index, died, f"prompt {index} crashes the tokenizer and failed alone"
+            )
+            error: CrumplezoneError = SequenceError(index, "llama.cpp died while tokenising it", path)
+            return Completion(index, prompt, "", [], "error", Rung.NATIVE, error, (path,))
+        except (CellRefused, InputError) as refused:
+            return Completion(index, prompt, "", [], "error", Rung.NATIVE, refused)
         return _Running(index, prompt, tokens, min(self._sampling.max_tokens, n_ctx_seq - len(tokens)))
 
-    def _lost_in_tokenizer(self, index: int, prompt: str, died: CellDied) -> Completion:
-        """The tokenizer itself crashed: nothing safer can be tried, but what was in flight goes on."""
-        case = Case(blamed=[index], result=f"prompt {index} crashes the tokenizer and failed alone")
+    def _report_tokenizer(self, index: int, died: CellDied, result: str) -> str:
+        case = Case(result=result)
         case.step(Rung.NATIVE, Outcome.CRASHED, [index], "tokenize")
         path = self._reporter.add(case, died.incident, Rung.NATIVE, None)
         self._file(case)
-        error = CrumplezoneError(f"prompt {index}: llama.cpp died while tokenising it; report: {path}")
-        return Completion(index, prompt, "", [], "error", Rung.NATIVE, error, (path,))
+        return path
 
     def _advance(
         self, joins: list[tuple[Join, npt.NDArray[np.int32]]], *, reset: bool
     ) -> Iterator[tuple[Completion, int]]:
         chunk = self._native.info.n_batch
-        if self._native.pid is None:  # a new cell knows none of the running sequences
+        pid = self._native.start().pid
+        if pid != self._pid:  # a new cell knows none of the running sequences
             joins = [running.join(seq_id, self._sampling) for seq_id, running in self._running.items()]
+            self._pid, reset = pid, True
         start = time.perf_counter()
         try:
             generated = self._native.generate(joins, STEPS, chunk, reset=reset)

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crumplezone.errors import ReportError
 from crumplezone.reports import text
 from crumplezone.reports.schema import BatchRecord, Environment, LadderStep, Outcome, Report
 from crumplezone.reports.store import Store, new_id
@@ -127,5 +126,5 @@ class Reporter:
             )
             path = self.store.write(report, text.render(report))
             _log.warning("%s Report: %s", text.summary(report), path)
-        except (ReportError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - a report that fails must not fail the job
             _log.error("the report of crash %s could not be written: %s", crash.id, error)

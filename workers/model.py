@@ -43,6 +43,8 @@ def check_file(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise ModelError(ascii(str(path)), "has a name that is not UTF-8; rename it") from None
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+        raise ModelError(str(path), "is not a regular file; give the path of a .gguf file")
     try:
         with path.open("rb") as file:
             head = file.read(_HEADER)

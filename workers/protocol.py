@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import msgspec
 
 from crumplezone.sandbox.arena import Shape
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
+Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class CellConfig(msgspec.Struct, frozen=True):
@@ -22,11 +27,11 @@ class CellConfig(msgspec.Struct, frozen=True):
 class CellInfo(msgspec.Struct, frozen=True):
     """What the loaded model and context are."""
 
-    n_vocab: int
-    n_embd: int
-    n_ctx_seq: int
-    n_ctx_train: int
-    n_batch: int
+    n_vocab: Size
+    n_embd: Size
+    n_ctx_seq: Size
+    n_ctx_train: Size
+    n_batch: Size
     has_encoder: bool
     has_decoder: bool
     description: str
@@ -89,9 +94,9 @@ class Progress(msgspec.Struct, frozen=True):
     """What one sequence produced: its new tokens, their text (UTF-8, may end inside a character)."""
 
     seq_id: int
-    tokens: list[int]
+    tokens: list[Token]
     text: bytes
-    finished: str = ""  # "", "stop" (end of generation) or "length"
+    finished: Literal["", "stop", "length"] = ""  # "", "stop" (end of generation) or "length"
 
 
 class Generated(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, ModelError
+from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, ModelError, UsageError
 from crumplezone.reports import text
 from crumplezone.reports.schema import BatchRecord, Evidence, Outcome, Report
 from crumplezone.sandbox.cell import Cell, CellSpec
@@ -86,6 +86,7 @@ class Runner:
         self._target = target
         self._cell: Cell | None = None
         self._info: CellInfo | None = None
+        self._shut = False
 
     @property
     def pid(self) -> int | None:
@@ -100,12 +101,25 @@ class Runner:
         assert self._info is not None
         return self._info
 
+    @property
+    def n_batch(self) -> int:
+        """Most tokens per native call: llama.cpp clamps n_batch to n_ctx."""
+        return min(self.config.n_batch, self.config.n_ctx)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model is known to have an encoder."""
+        return self._info is not None and self._info.has_encoder
+
     def start(self) -> Cell:
         """The running cell; a new one if there is none.
 
         Raises:
             ModelError: The model or the context could not be made.
+            UsageError: It was shut.
         """
+        if self._shut:
+            raise UsageError("this decoder is closed: make a new one")
         if self._cell is None or not self._cell.alive:
             spec = CellSpec(self._target, self.config, memory_limit=self._limits.memory)
             try:
@@ -213,8 +227,13 @@ class Runner:
             operation="generate",
         )
 
+    def shut(self) -> None:
+        """End the cell for good."""
+        self._shut = True
+        self.close()
+
     def close(self) -> None:
-        """End the cell."""
+        """End the cell; the next call starts a new one."""
         if self._cell is not None:
             self._cell.close()
 

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from crumplezone.errors import CellDied, CellRefused, SequenceError
+from crumplezone.errors import CellDied, CrumplezoneError, SequenceError
 from crumplezone.reports.schema import BatchRecord, Outcome
 from crumplezone.reports.store import default_directory
 from crumplezone.workers.batch import Batch, Entry, record
@@ -49,14 +49,14 @@ class Descent:
             batch: What was being decoded, asked only after a crash.
         """
         problem, report = "", None
-        for rung, chunk in ((Rung.SAFE, self.runner.info.n_batch), (Rung.TOKEN, 1)):
+        for rung, chunk in ((Rung.SAFE, self.runner.n_batch), (Rung.TOKEN, 1)):
             start = time.perf_counter()
             try:
                 done = work(self.runner, chunk)
             except CellDied as died:
                 report = self._reporter.add(case, died.incident, rung, batch())
                 problem, outcome = str(died), Outcome.CRASHED
-            except (RefusedError, CellRefused) as refused:
+            except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
                 problem, outcome = str(refused), Outcome.REFUSED
             else:
                 case.step(rung, Outcome.OK, [seq_id], ms=(time.perf_counter() - start) * 1000)
@@ -66,10 +66,10 @@ class Descent:
         return None, Rung.TOKEN, SequenceError(seq_id, problem, report)
 
     def decode(self, entry: Entry, ask: Ask, case: Case) -> SequenceResult:
-        """One sequence of a batch. Encoding is done by decoding: hidden states, token for token."""
+        """One sequence of a batch. Without an encoder, encoding is decoding, with a row per token."""
         alone = Entry(0, entry.tokens, entry.outputs)
-        ask = Ask(ask.logits, ask.embeddings)
-        operation = "decode"
+        operation = "encode" if ask.encode and self.runner.has_encoder else "decode"
+        ask = Ask(ask.logits, ask.embeddings, encode=operation == "encode")
         rows, rung, error = self.attempt(
             entry.seq_id,
             case,
@@ -130,7 +130,7 @@ class SafeBatchProcessor:
 
     def close(self) -> None:
         """End the cell and finish the reports."""
-        self._descent.runner.close()
+        self._descent.runner.shut()
         self._reporter.close()
 
     def __enter__(self) -> Self:

@@ -38,8 +38,7 @@ ReportsOption = Annotated[
     Path | None,
     typer.Option(
         "--reports",
-        envvar="CRUMPLEZONE_REPORTS",
-        help="Crash report store. Default: $XDG_STATE_HOME/crumplezone/reports.",
+        help="Crash report store. Default: $CRUMPLEZONE_REPORTS, or $XDG_STATE_HOME/crumplezone/reports.",
         show_default=False,
     ),
 ]
@@ -78,10 +77,19 @@ def demo(model: ModelOption = None, reports: ReportsOption = None) -> None:
     show(model, reports)
 
 
+class _Printable(logging.Formatter):
+    """Records from a cell are untrusted: no escape codes to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main() -> None:
     """Entry point: every expected failure is one message on stderr and an exit code."""
     logging.getLogger("llama.cpp").setLevel(logging.CRITICAL)  # its errors are part of ours
-    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app()

@@ -38,7 +38,7 @@ def show(model: Path | None, reports: Path | None) -> None:
     console = Console(highlight=False)
     path = model or embedded_model()
     with Decoder(path, n_seq_max=len(PROMPTS), preflight=False, reports=reports) as decoder:
-        console.print(Text(f"{path.name}: {decoder.info.description}, in cell {decoder.pid}"))
+        console.print(Text(text.printable(f"{path.name}: {decoder.info.description}, in cell {decoder.pid}")))
         _generate(console, decoder)
         sequences = [decoder.tokenize(prompt) for prompt in PROMPTS]
         console.print("\nNow the same prompts through llama_encode, with preflight off.")
@@ -61,7 +61,7 @@ def _generate(console: Console, decoder: Decoder) -> None:
     tokens = 0
     for done in decoder.generate(PROMPTS, max_tokens=24):
         tokens += len(done.tokens)
-        table.add_row(Text(done.prompt), Text(" ".join(done.text.split())), done.rung)
+        table.add_row(Text(done.prompt), Text(text.printable(" ".join(done.text.split()))), done.rung)
     seconds = time.perf_counter() - start
     console.print(table)
     console.print(f"{tokens} tokens in {seconds:.1f} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class _Line(msgspec.Struct):
     """A line of a .jsonl input; other keys are ignored."""
 
     prompt: str
+
+
+_LINE_HEAD = b'{"index":'
 
 
 class Written(msgspec.Struct, omit_defaults=True):
@@ -76,7 +80,7 @@ def _prompt(line: bytes, number: int, *, is_json: bool) -> str:
     field = f"line {number} of the prompts"
     try:
         prompt = msgspec.json.decode(line, type=_Line).prompt if is_json else line.decode("utf-8")
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         wanted = 'a JSON object with a text "prompt"' if is_json else "UTF-8 text"
         raise InputError(
             field, line[:80].decode("utf-8", "replace"), f"must be {wanted} ({error})"
@@ -100,10 +104,14 @@ class Output:
     def __init__(self, path: Path, prompts: list[str]) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666
+            )
         except OSError as error:
             raise InputError("--out", str(path), f"cannot be written: {error.strerror}") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise InputError("--out", str(path), "must be a regular file")
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.done = self._read_done(prompts)
         except BlockingIOError as error:
@@ -116,18 +124,23 @@ class Output:
     def _read_done(self, prompts: list[str]) -> set[int]:
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
+        remedy = "is not an answer to these prompts; give another --out"
         done: set[int] = set()
         for number, line in enumerate(data[:whole].splitlines(), 1):
             field = f"line {number} of --out {self.path}"
-            remedy = "is not an answer to these prompts; give another --out"
             try:
                 written = msgspec.json.decode(line, type=Written)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, RecursionError) as error:
                 raise InputError(field, line[:80].decode("utf-8", "replace"), remedy) from error
             if not 0 <= written.index < len(prompts) or prompts[written.index] != written.prompt:
                 raise InputError(field, written.prompt, remedy)
             done.add(written.index)
-        if whole < len(data):  # the last line was cut by a kill: its prompt is done again
+        cut = data[whole:]
+        if cut and not (cut.startswith(_LINE_HEAD) or _LINE_HEAD.startswith(cut)):
+            raise InputError(
+                f"the last line of --out {self.path}", cut[:80].decode("utf-8", "replace"), remedy
+            )
+        if cut:  # our line, cut by a kill: its prompt is done again
             os.ftruncate(self._fd, whole)
         return done
 
@@ -188,8 +201,9 @@ def complete(job: Job) -> int:
                     reports=job.reports,
                 ) as decoder,
                 _progress(console, len(prompts), len(output.done)) as progress,
+                contextlib.closing(decoder.complete(todo, job.sampling)) as completions,
             ):
-                for completion in decoder.complete(todo, job.sampling):
+                for completion in completions:
                     output.append(completion)
                     failed += completion.error is not None
                     reports.update(completion.reports)
