@@ -135,9 +135,14 @@ class LlamaCell:
         params.n_ubatch = min(self.config.n_ubatch, self.config.n_batch)
         params.n_seq_max = self.config.n_seq_max
         params.n_threads = params.n_threads_batch = self.config.n_threads
-        params.pooling_type = C.LLAMA_POOLING_TYPE_NONE  # rows per token, whatever the file asks for
         params.kv_unified = False  # only so does a batch give each sequence what it would get alone
         context = C.llama_init_from_model(self.model, params)
+        if context and C.llama_pooling_type(context) != C.LLAMA_POOLING_TYPE_NONE:
+            # The file asks for pooled embeddings; we give a row for each token. (Always asking for NONE would
+            # make llama.cpp warn about every model that says nothing.)
+            C.llama_free(context)
+            params.pooling_type = C.LLAMA_POOLING_TYPE_NONE
+            context = C.llama_init_from_model(self.model, params)
         if not context:
             raise LoadError(self._voices.last_error or "llama_init_from_model returned NULL")
         return context
