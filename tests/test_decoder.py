@@ -34,7 +34,7 @@ from crumplezone.reports.store import Store
 from crumplezone.workers.runner import Runner
 from tests import poison
 from tests.poison import Poison
-from tests.tiny_gguf import write_block_count_zero, write_truncated
+from tests.tiny_gguf import write_block_count_zero, write_tiny_llama, write_truncated
 
 Open = Callable[..., Decoder]
 Dose = Callable[[Poison], None]
@@ -512,6 +512,14 @@ def test_close_waits_for_the_call_of_another_thread(tiny: Path, make: Open) -> N
         decoder.close()
         for job in jobs:
             assert isinstance(job.exception(), UsageError | None)
+
+
+def test_a_pooling_model_still_gives_a_row_per_token(tmp_path: Path, make: Open) -> None:
+    model = tmp_path / "pooling.gguf"
+    write_tiny_llama(model, n_vocab=128, overrides={"llama.pooling_type": 1})
+    result = make(model, 2).encode(Batch.of([[5, 6, 7], [8, 9]]))
+    assert result.errors == {}
+    assert not np.allclose(result.embeddings(0, 0), result.embeddings(0, 2))
 
 
 def test_bad_prompts(tiny: Path, make: Open) -> None:
