@@ -122,10 +122,8 @@ class Decoder:
             try:
                 return self._native.tokenize(text)
             except CellDied as died:
-                case = Case(result="the tokenizer failed")
-                case.step(Rung.NATIVE, Outcome.CRASHED, [], "tokenize")
-                self._reporter.add(case, died.incident, Rung.NATIVE, None)
-                self._reporter.file(case, self._native.config, self._native.info)
+                config, info = self._native.config, self._native.info
+                self._reporter.file_lone(died.incident, "tokenize", "the tokenizer failed", config, info)
                 raise
 
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
@@ -299,7 +297,7 @@ class Decoder:
                 case.result = _how_it_ended(sequences)
         finally:
             self._reporter.file(case, self._native.config, self._native.info)
-        reports = [str(self._reporter.store.path(crash.id)) for crash in case.crashes]
+        reports = case.reports
         if case.blamed or self._descent is None:
             self._reporter.flush()  # an error that names a report comes after it
         if self._descent is None:

@@ -76,7 +76,7 @@ class Generation:
         """Yield completions as they finish."""
         queue = iter(prompts)
         free = list(range(self._native.config.n_seq_max))[::-1]
-        reset, more = True, True
+        more = True
         while more or self._running:
             joins = []
             while more and free:
@@ -93,11 +93,9 @@ class Generation:
                 joins.append(admitted.join(seq_id, self._sampling))
             if not self._running:
                 continue
-            for completion, seq_id in self._advance(joins, reset=reset):
+            for completion, seq_id in self._advance(joins):
                 free.append(seq_id)
                 yield completion
-            # After a crash the sequences in flight are all finished, and the next cell starts empty.
-            reset = not self._running
 
     def _admit(self, index: int, prompt: str) -> _Running | Completion:
         try:
@@ -121,20 +119,16 @@ class Generation:
         return _Running(index, prompt, tokens, min(self._sampling.max_tokens, n_ctx_seq - len(tokens)))
 
     def _report_tokenizer(self, index: int, died: CellDied, result: str) -> str:
-        case = Case(result=result)
-        case.step(Rung.NATIVE, Outcome.CRASHED, [index], "tokenize")
-        path = self._reporter.add(case, died.incident, Rung.NATIVE, None)
-        self._file(case)
-        return path
+        config, info = self._native.config, self._native.info
+        return self._reporter.file_lone(died.incident, "tokenize", result, config, info, [index])
 
-    def _advance(
-        self, joins: list[tuple[Join, npt.NDArray[np.int32]]], *, reset: bool
-    ) -> Iterator[tuple[Completion, int]]:
+    def _advance(self, joins: list[tuple[Join, npt.NDArray[np.int32]]]) -> Iterator[tuple[Completion, int]]:
         chunk = self._native.info.n_batch
         pid = self._native.start().pid
-        if pid != self._pid:  # a new cell knows none of the running sequences
+        reset = pid != self._pid
+        if reset:  # a new cell knows none of the running sequences; an old one, those of an earlier call
             joins = [running.join(seq_id, self._sampling) for seq_id, running in self._running.items()]
-            self._pid, reset = pid, True
+            self._pid = pid
         start = time.perf_counter()
         try:
             generated = self._native.generate(joins, STEPS, chunk, reset=reset)
@@ -167,12 +161,12 @@ class Generation:
         finally:
             cured = len(indices) - len(case.blamed)
             case.result = f"{cured} of {len(indices)} prompts in flight finished by {Rung.SAFE}"
-            self._file(case)
+            self._reporter.file(case, self._native.config, self._native.info)
 
     def _finish_safely(
         self, running: _Running, case: Case, native_error: CellDied | CellRefused | RefusedError
     ) -> Completion:
-        paths = tuple(str(self._reporter.store.path(crash.id)) for crash in case.crashes)
+        paths = tuple(case.reports)
         if self._descent is None:
             problem = CrumplezoneError(f"prompt {running.index}: {native_error}; safe_fallback is off")
             return running.done("error", Rung.NATIVE, problem, paths)
@@ -191,8 +185,5 @@ class Generation:
             return self._descent.runner.last_batch(chunks[-1])
 
         reason, rung, error = self._descent.attempt(running.index, case, work, batch)
-        paths = tuple(str(self._reporter.store.path(crash.id)) for crash in case.crashes)
+        paths = tuple(case.reports)
         return running.done(reason or "error", rung, error, paths)
-
-    def _file(self, case: Case) -> None:
-        self._reporter.file(case, self._native.config, self._native.info)

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import logging
 import platform
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class _Crash:
     incident: Incident
     rung: str
     batch: BatchRecord | None
+    path: str
 
 
 @dataclass
@@ -37,6 +39,11 @@ class Case:
     crashes: list[_Crash] = field(default_factory=list)
     blamed: list[int] = field(default_factory=list)
     result: str = ""
+
+    @property
+    def reports(self) -> list[str]:
+        """Directories of the reports of its crashes, written or to be written."""
+        return [crash.path for crash in self.crashes]
 
     def step(
         self, rung: str, outcome: Outcome, sequences: list[int], detail: str = "", ms: float = 0.0
@@ -89,8 +96,25 @@ class Reporter:
     def add(self, case: Case, incident: Incident, rung: str, batch: BatchRecord | None) -> str:
         """Note a crash in a case; returns where its report will be."""
         report_id = new_id(incident.crashed_at)
-        case.crashes.append(_Crash(report_id, incident, rung, batch))
-        return str(self.store.path(report_id))
+        path = str(self.store.path(report_id))
+        case.crashes.append(_Crash(report_id, incident, rung, batch, path))
+        return path
+
+    def file_lone(
+        self,
+        incident: Incident,
+        doing: str,
+        result: str,
+        config: CellConfig,
+        info: CellInfo | None,
+        sequences: Sequence[int] = (),
+    ) -> str:
+        """Report a crash outside any batch (loading, tokenising); returns where its report will be."""
+        case = Case(result=result)
+        case.step("native", Outcome.CRASHED, list(sequences), doing)
+        path = self.add(case, incident, "native", None)
+        self.file(case, config, info)
+        return path
 
     def file(self, case: Case, config: CellConfig, info: CellInfo | None) -> None:
         """Hand a finished case over to be written."""

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, ModelError, UsageError
 from crumplezone.reports import text
-from crumplezone.reports.schema import BatchRecord, Evidence, Outcome, Report
+from crumplezone.reports.schema import BatchRecord, Evidence, Report
 from crumplezone.sandbox.cell import Cell, CellSpec
 from crumplezone.workers.batch import Entry
-from crumplezone.workers.incident import Case, Reporter
+from crumplezone.workers.incident import Reporter
 from crumplezone.workers.protocol import (
     CellConfig,
     CellInfo,
@@ -134,13 +134,11 @@ class Runner:
         return self._cell
 
     def _loader_crashed(self, died: CellDied) -> ModelError:
-        case = Case(result="the model could not be loaded")
-        case.step("native", Outcome.CRASHED, [], "while loading the model")
-        path = self._reporter.add(case, died.incident, "native", None)
-        evidence: Evidence = died.incident.evidence.result()
-        self._reporter.file(case, self.config, None)
+        result = "the model could not be loaded"
+        path = self._reporter.file_lone(died.incident, "while loading the model", result, self.config, None)
         self._reporter.flush()
-        what = text.summary(Report("", "", evidence, result=case.result))
+        evidence: Evidence = died.incident.evidence.result()
+        what = text.summary(Report("", "", evidence, result=result))
         return ModelError(self.config.model, f"llama.cpp died while loading it. {what} Report: {path}", path)
 
     def decode(self, entries: Sequence[Entry], ask: Ask, chunk: int = 0) -> Rows:

@@ -126,7 +126,7 @@ class SafeBatchProcessor:
             f"{len(sequences) - len(case.blamed)} of {len(sequences)} sequences decoded one at a time"
         )
         self._reporter.file(case, self._config, info)
-        return Result(sequences, [str(self._reporter.store.path(crash.id)) for crash in case.crashes])
+        return Result(sequences, case.reports)
 
     def close(self) -> None:
         """End the cell and finish the reports."""
