@@ -24,6 +24,16 @@ class Exit(StrEnum):
     NATIVE_EXIT = "native_exit"  # exit(n) called by native code in the middle of a request
     FAILED_START = "failed_start"  # never became ready, for no reason above
     PROTOCOL = "protocol"  # alive, but closed its socket or sent what cannot be decoded; killed
+    NON_FINITE = "non_finite"  # returned 0, but its logits or embeddings hold NaN or infinity; killed
+
+
+class VerdictKind(StrEnum):
+    """Whose fault a crash is, as far as the ladder and a replay have shown."""
+
+    BATCH_ONLY = "batch-only"  # the safe path cured it: the sequences crash together, not alone
+    INPUT = "input"  # a sequence crashes alone too
+    FLAKY = "flaky"  # the native path passed when it was repeated
+    ENVIRONMENT = "environment"  # memory, a stranger's kill, a loader or a machine that refuses
 
 
 class Outcome(StrEnum):
@@ -52,6 +62,8 @@ class Thread(msgspec.Struct, frozen=True, omit_defaults=True):
     tid: int
     name: str = ""
     crashed: bool = False
+    doing: str = ""  # "futex", "read", or "running" outside the kernel
+    pc: str = ""  # where: "libc.so.6+0x8a1c0"
     native: list[Frame] = []
     python: list[Frame] = []
 
@@ -67,6 +79,7 @@ class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
     access: str = ""  # read, write or exec (page faults)
     trap: str = ""  # "#PF"
     sender_pid: int | None = None  # for signals sent by a process
+    sender_uid: int | None = None
 
 
 class Assertion(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -85,6 +98,35 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     ok: bool
     ms: float = 0.0
     detail: str = ""
+    remedy: str = ""  # what would allow a step that was refused
+
+
+class Mapping(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of /proc/PID/maps."""
+
+    start: str  # hexadecimal
+    end: str
+    perms: str
+    offset: str = "0x0"
+    path: str = ""
+    build_id: str = ""
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """What the cell used at one moment."""
+
+    ms: float  # before the end, so the last is near 0
+    rss: int  # bytes
+    cpu: float  # seconds of processor time since it started
+
+
+class Phase(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One entry of the flight recorder: what the cell did, in its own words."""
+
+    name: str  # "validate", "build", "decode", "copy", "sample", ...
+    count: int = 0  # tokens, rows or bytes, as the phase counts
+    ms: float = 0.0  # its beginning, before the end of the cell
+    took: float | None = None  # milliseconds; None: it had not ended
 
 
 class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -98,13 +140,30 @@ class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
     assertion: Assertion | None = None
     registers: dict[str, str] = {}
     code_bytes: str = ""  # sixteen bytes at the program counter, hexadecimal
+    stack_bytes: str = ""  # from the stack pointer up, hexadecimal
     threads: list[Thread] = []
+    maps: list[Mapping] = []
+    memory: dict[str, int] = {}  # /proc/PID/status: "VmRSS", "VmPeak", ... in bytes
+    limits: dict[str, str] = {}  # /proc/PID/limits, the soft ones: {"Max stack size": "8388608 bytes"}
+    samples: list[Sample] = []  # oldest first
+    flight: list[Phase] = []  # oldest first
+    kernel_kills: dict[str, list[int]] = {}  # counters of OOM kills: [at the start, at the end]
     faulthandler: str = ""
     stderr_tail: str = ""
     log_tail: list[str] = []
     peak_rss: int | None = None  # bytes
     detail: str = ""
     steps: list[Step] = []
+
+
+class Generating(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One sequence in the middle of `Decoder.generate`: all that is needed to do it again."""
+
+    seq_id: int
+    tokens: list[int]  # the prompt and what had been delivered
+    max_tokens: int  # still to come
+    temperature: float = 0.0
+    seed: int = 0
 
 
 class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -115,6 +174,9 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     seq_ids: list[int]
     outputs: list[bool]
     operation: str = "decode"  # decode, encode or generate
+    chunk: int = 0  # most tokens per native call; 0: all in one
+    embeddings: bool = False  # whether hidden states were asked for
+    generating: list[Generating] = []  # for generate, which starts from more than this batch
 
 
 class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -143,6 +205,35 @@ class Environment(msgspec.Struct, frozen=True, omit_defaults=True):
     cpu: str = ""
     cpu_flags: list[str] = []
     system_info: str = ""  # llama_print_system_info()
+    variables: dict[str, str] = {}  # environment variables that llama.cpp and its runtimes read
+
+
+class Signature(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What makes two crashes the same."""
+
+    id: str  # SHA-256 of version, fault class and key, hexadecimal
+    fault_class: str  # "SIGSEGV", "abort", "hang", "oom", ...
+    key: list[str] = []  # the normalised assertion, or up to three normalised frames
+    title: str = ""  # for people: "SIGSEGV in llama_context::encode"
+    confidence: str = "high"  # "low": made of Python frames only, or of nothing but the class
+    version: int = 1  # of the algorithm
+
+
+class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Whose fault it is, and what that rests on."""
+
+    kind: VerdictKind
+    because: str  # "every sequence got its result on the rung safe"
+
+
+class Replay(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The recorded batch run again in fresh cells."""
+
+    at: str  # UTC, ISO 8601
+    runs: int
+    crashed: int
+    same: int  # of those that crashed, how many with the same signature
+    versions: dict[str, str] = {}
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -162,6 +253,11 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     result: str = ""  # how the job ended: "cured by safe", "sequence 3 quarantined", ...
     blamed: list[int] = []  # sequences shown to crash alone
     caller: list[Frame] = []  # the supervisor's Python stack at the call
+    signature: Signature | None = None
+    verdict: Verdict | None = None  # None: nothing has shown it
+    replays: list[Replay] = []
+    redacted: bool = False
+    same_as: str = ""  # in a storm: the id of the full report that this one only counts towards
 
 
 def encode(report: Report) -> bytes:

@@ -81,7 +81,9 @@ def unwind(pid: int) -> list[Thread]:
             for f in thread.frames
         ]
         python.reverse()
-        found.append(Thread(thread.tid, thread.name or "", False, native[:_FRAMES_MAX], python[:_FRAMES_MAX]))
+        found.append(
+            Thread(thread.tid, thread.name or "", native=native[:_FRAMES_MAX], python=python[:_FRAMES_MAX])
+        )
     return found
 
 

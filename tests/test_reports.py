@@ -348,7 +348,9 @@ def test_the_summary_names_each_exit(evidence: Evidence, expected: str) -> None:
 )
 def test_the_top_frame_is_beyond_the_runtime(frame: Frame) -> None:
     other = Thread(2, native=[Frame("elsewhere", "libx.so")])
-    report = Report("x", "", Evidence(Exit.SIGNAL, 1, threads=[other, Thread(1, "", True, [frame, TOP])]))
+    report = Report(
+        "x", "", Evidence(Exit.SIGNAL, 1, threads=[other, Thread(1, crashed=True, native=[frame, TOP])])
+    )
     assert text.top_frame(report) == TOP
 
 
