@@ -1,7 +1,7 @@
 """The arena: one memfd shared by a supervisor and one cell. Only numbers are ever read from it.
 
-Layout: a header page (the abort message), then a data zone that both sides cut into arrays by the
-same rule: in order, each aligned to 64 bytes.
+Layout: a page for the abort message, a page for the flight recorder, then a data zone that both sides cut
+into arrays by the same rule: in order, each aligned to 64 bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-HEADER = mmap.PAGESIZE
+from crumplezone.reports.schema import Phase
+from crumplezone.sandbox import recorder
+
+_RECORDER_AT = mmap.PAGESIZE
+HEADER = _RECORDER_AT + recorder.SIZE
 _MESSAGE_AT = 8  # u32 length, then the text
 _MESSAGE_MAX = 2048
 
@@ -78,6 +82,14 @@ class Arena:
         """Supervisor: the reason that the child left, or an empty string."""
         length = min(int.from_bytes(self._map[_MESSAGE_AT : _MESSAGE_AT + 4], "little"), _MESSAGE_MAX)
         return self._map[_MESSAGE_AT + 4 : _MESSAGE_AT + 4 + length].decode("utf-8", "replace")
+
+    def recorder(self) -> recorder.Recorder:
+        """Child: the flight recorder."""
+        return recorder.Recorder(memoryview(self._map)[_RECORDER_AT:HEADER])
+
+    def flight(self, end: int) -> list[Phase]:
+        """Supervisor: what the child recorded, oldest first; ``end`` is when it was lost, monotonic ns."""
+        return recorder.read(self._map[_RECORDER_AT:HEADER], end)
 
     def close(self) -> None:
         """Close the descriptor; the map goes with its last view."""

@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import fcntl
+import mmap
 import os
 import platform
 import select
 import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
 
 _FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 _SA_SIGINFO, _SA_ONSTACK = 4, 0x08000000
+_ALTSTACK_SIZE = 128 * 1024  # a frame with AVX-512 and AMX state takes 11 KiB, faulthandler little more
 _F_SETSIG = 10
 _PR_SET_DUMPABLE, _PR_SET_PTRACER = 4, 0x59616D61
 
@@ -23,6 +29,27 @@ class _SigAction(ctypes.Structure):  # glibc's struct sigaction on x86-64 and aa
         ("flags", ctypes.c_int),
         ("restorer", ctypes.c_void_p),
     )
+
+
+class _StackT(ctypes.Structure):
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+class _Altstack(threading.local):
+    """Kept as long as its thread has Python state."""
+
+    memory: mmap.mmap | None = None
+
+
+_altstack = _Altstack()
+
+
+def _give_altstack(_frame: FrameType, _event: str, _argument: Any) -> None:
+    """As a profile function: runs once, in a new Python thread, before its first call."""
+    sys.setprofile(None)
+    _altstack.memory = memory = mmap.mmap(-1, _ALTSTACK_SIZE)
+    stack = _StackT(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 0, _ALTSTACK_SIZE)
+    ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None)
 
 
 def hold_on_fault(fault_fd: int) -> None:
@@ -40,6 +67,8 @@ def hold_on_fault(fault_fd: int) -> None:
             if libc.sigaction(int(signum), None, ctypes.byref(action)) == 0 and action.handler:
                 action.flags |= _SA_SIGINFO | _SA_ONSTACK
                 libc.sigaction(int(signum), ctypes.byref(action), None)
+    # faulthandler gives an alternate stack to this thread only; without one a stack overflow cannot be held.
+    threading.setprofile(_give_altstack)
     # Under Yama's ptrace_scope=1 only a named tracer and its children may look; EINVAL without Yama.
     libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getppid()), 0, 0, 0)
     libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(1), 0, 0, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 import signal
 import subprocess
@@ -18,51 +17,72 @@ from pathlib import Path
 
 import msgspec
 
-from crumplezone.reports.schema import Assertion, Evidence, Exit, Fault, Step, Thread
+from crumplezone.reports.schema import Evidence, Exit, Fault, Frame, Mapping, Step, Thread
+from crumplezone.sandbox import observe, sigframe
+from crumplezone.sandbox.classify import assertion, classify, fault_of
 from crumplezone.sandbox.drain import Drain
 from crumplezone.sandbox.launch import Process, import_path
-from crumplezone.sandbox.sigframe import SignalFrame, read_signal_frame, threads
-from crumplezone.sandbox.unwind import Stacks
+from crumplezone.sandbox.pressure import oom_kills
+from crumplezone.sandbox.procfs import Map, find_map, read_maps
+from crumplezone.sandbox.sigframe import SignalFrame, read_signal_frame
+from crumplezone.sandbox.unwind import Stacks as Examined
 
 _UNWIND_DEADLINE = 15.0  # seconds
 _DEATH_DEADLINE = 5.0
+_STOP_DEADLINE = 2.0
 _TEXT_MAX = 64 * 1024
 _STACKS_MAX = 8 * 1024 * 1024
-
-_GGML = re.compile(r"^(?P<file>[^\n]*?):(?P<line>\d+): (?P<text>.*)$", re.DOTALL)
-_TERMINATE = re.compile(r"terminate called[^\n]*(?:\n\s*what\(\):[^\n]*)?")
-_GLIBC = re.compile(
-    r"\*\*\* [^\n]* \*\*\*: terminated|(?:double free|free\(\)|malloc|realloc|corrupted|munmap_chunk)[^\n]*"
+_MAY_LOOK = (
+    "reading another process needs its user id and a dumpable target, or CAP_SYS_PTRACE (ptrace(2)); "
+    "in a container: --cap-add=SYS_PTRACE"
+)
+_MAY_TRACE = (
+    "allow ptrace: kernel.yama.ptrace_scope at most 1, a seccomp profile that permits ptrace and "
+    "process_vm_readv; in a container: --cap-add=SYS_PTRACE"
 )
 
 
 @dataclass
 class Death:
-    """What the supervisor knows when it notices that a cell is lost."""
+    """What the supervisor knows when it notices that a cell is lost.
+
+    Attributes:
+        process: The cell's process.
+        drain: Its log, stderr and samples.
+        phase: "start" or "call".
+        kills: The kernel's counters of OOM kills when it was started.
+        held: It wrote to its fault pipe: it is inside its signal handler, or was a moment ago.
+        condemned: It lives, and this is why it must not go on.
+        at: CLOCK_MONOTONIC, nanoseconds.
+    """
 
     process: Process
     drain: Drain
     phase: str
-    oom_kills: int  # the kernel's counter when the cell was started
+    kills: dict[str, int]
     held: bool = False
-    hang: bool = False
-    protocol: str = ""  # how the cell broke the protocol
+    condemned: tuple[Exit, str] | None = None
+    at: int = field(default_factory=time.monotonic_ns)
     steps: list[Step] = field(default_factory=list)
+
+
+@dataclass
+class _Seen:
+    """What was read while the cell was stopped."""
+
     frame: SignalFrame | None = None
-
-
-def oom_kill_count() -> int:
-    """How many processes the kernel has killed for memory (/proc/vmstat, Linux >= 4.13)."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
+    maps: list[Map] = field(default_factory=list)
+    threads: list[Thread] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    limits: dict[str, str] = field(default_factory=dict)
+    stacks: list[Thread] = field(default_factory=list)
+    build_ids: dict[str, str] = field(default_factory=dict)
+    text: str = ""
 
 
 @contextlib.contextmanager
-def _step(death: Death, name: str) -> Iterator[list[str]]:
-    """Run one step; what it raises becomes a line of the provenance."""
+def _step(death: Death, name: str, remedy: str = "") -> Iterator[list[str]]:
+    """Run one step; what it raises becomes a line of the provenance, with what would have allowed it."""
     detail: list[str] = []
     start = time.perf_counter()
     ok = True
@@ -71,26 +91,18 @@ def _step(death: Death, name: str) -> Iterator[list[str]]:
     except (OSError, ValueError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
         ok = False
         detail.append(f"{type(error).__name__}: {error}")
+        if isinstance(error, FileNotFoundError | ProcessLookupError):
+            remedy = ""  # it has gone: no permission would help
     elapsed = round((time.perf_counter() - start) * 1000, 2)
-    death.steps.append(Step(name, ok, elapsed, "; ".join(detail)))
-
-
-def stop_and_look(death: Death) -> None:
-    """The part of the autopsy that cannot wait: stop every thread, read the signal frame (about 1 ms)."""
-    process = death.process
-    # faulthandler has restored SIG_DFL: a second faulting thread would kill the held process.
-    with _step(death, "stop"):
-        process.signal(signal.SIGSTOP)
-        os.waitid(os.P_PIDFD, process.pidfd, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    if death.held:
-        with _step(death, "signal frame") as detail:
-            death.frame = read_signal_frame(process.pid)
-            if death.frame is None:
-                detail.append("no signal frame found on any thread")
+    death.steps.append(Step(name, ok, elapsed, "; ".join(detail), "" if ok else remedy))
 
 
 def begin(death: Death) -> Future[Evidence]:
-    """Do the rest of the autopsy beside the caller, on a thread; the future always gets evidence."""
+    """Stop the cell now, and do the rest beside the caller, on a thread; the future always gets evidence."""
+    if death.held or death.condemned:
+        # faulthandler has restored SIG_DFL: a second faulting thread would kill the held process.
+        death.process.signal(signal.SIGSTOP)
+    death.steps += death.process.refused
     future: Future[Evidence] = Future()
 
     def run() -> None:
@@ -105,105 +117,144 @@ def begin(death: Death) -> Future[Evidence]:
 
 
 def _examine(death: Death) -> Evidence:
-    process = death.process
-    stacks: list[Thread] = []
-    peak: int | None = None
-    if death.held or death.hang:
-        with _step(death, "memory"):
-            peak = _peak_rss(process.pid)
-        with _step(death, "stacks (pystack)"):
-            stacks = _stacks(process.pid)
-        if not stacks:
-            with _step(death, "threads (/proc)"):
-                stacks = [Thread(tid, _comm(process.pid, tid)) for tid in threads(process.pid)]
-    text = ""
+    process, seen = death.process, _Seen()
+    if death.held or death.condemned:
+        with _step(death, "stop"):
+            _await_stop(process.pid)
+        if not _ended(process):
+            _look(death, seen)
+            _unwind(death, seen)
     if death.held:
         with _step(death, "faulthandler"):
             process.signal(signal.SIGCONT)
-            text = _release(process)
-            if death.frame is None and not select.select([process.pidfd], [], [], 0)[0]:
-                death.protocol = "the cell wrote to its fault pipe but did not die; killed by the supervisor"
+            seen.text = _release(process)
+            if seen.frame is None and not _ended(process):
+                death.condemned = (
+                    Exit.PROTOCOL,
+                    "the cell wrote to its fault pipe but did not die; killed by the supervisor",
+                )
     with _step(death, "reap"):
         returncode = process.kill()
     death.drain.stop()
     try:
-        return _evidence(death, returncode, stacks, text, peak)
+        return _evidence(death, seen, returncode)
     finally:
         process.close()
 
 
-def _evidence(death: Death, code: int, stacks: list[Thread], text: str, peak: int | None) -> Evidence:
-    frame = death.frame
-    fault = frame.fault if frame else _fault_from(code, death)
+def _await_stop(pid: int) -> None:
+    """Wait until every thread has stopped; waitid would wait for ever for one in uninterruptible sleep."""
+    end = time.monotonic() + _STOP_DEADLINE
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "TtZX":
+        if time.monotonic() > end:
+            raise ValueError("it did not stop: a thread is in uninterruptible sleep")
+        time.sleep(0.0002)
+
+
+def _ended(process: Process) -> bool:
+    return bool(select.select([process.pidfd], [], [], 0)[0])
+
+
+def _look(death: Death, seen: _Seen) -> None:
+    """Everything that /proc has, within a few milliseconds."""
+    pid = death.process.pid
+    with _step(death, "maps", _MAY_LOOK):
+        seen.maps = read_maps(pid)
+    if death.held:
+        with _step(death, "signal frame", _MAY_LOOK) as detail:
+            seen.frame = read_signal_frame(pid)
+            if seen.frame is None:
+                detail.append("no signal frame found on any thread")
+    with _step(death, "threads", _MAY_LOOK):
+        seen.threads = observe.thread_list(pid, seen.maps)
+    with _step(death, "memory and limits"):
+        seen.memory, seen.limits = observe.memory(pid), observe.limits(pid)
+
+
+def _unwind(death: Death, seen: _Seen) -> None:
+    pid = death.process.pid
+    if seen.frame:
+        with _step(death, "call to nowhere", _MAY_LOOK) as detail:
+            if getattr(sigframe, "mend_null_call", lambda *_: False)(pid, seen.frame):
+                detail.append("the saved program counter was set to the caller's, for the unwinder")
+            else:
+                detail.append("none")
+    with _step(death, "stacks (pystack)", _MAY_TRACE):
+        examined = _helper(pid)
+        seen.stacks, seen.build_ids = examined.threads, getattr(examined, "build_ids", {})
+        if examined.error:
+            raise ValueError(examined.error)
+
+
+def _evidence(death: Death, seen: _Seen, code: int) -> Evidence:
+    frame = seen.frame
+    fault = frame.fault if frame else None if death.condemned else fault_of(code)
     stderr = death.drain.stderr_tail()
-    exit_kind, detail = _classify(death, code, fault)
-    tid = frame.tid if frame else None
+    kills = (death.kills, oom_kills())
+    exit_kind, detail = _ending(death, code, fault, kills)
+    is_abort = exit_kind == Exit.ABORT
     return Evidence(
         exit=exit_kind,
         pid=death.process.pid,
         phase=death.phase,
         returncode=code,
-        fault=fault if exit_kind in {Exit.SIGNAL, Exit.ABORT, Exit.KILLED} else None,
-        assertion=_assertion(death.process.lines.arena.abort_note(), stderr)
-        if exit_kind == Exit.ABORT
-        else None,
+        fault=fault if is_abort or exit_kind in {Exit.SIGNAL, Exit.KILLED, Exit.OOM} else None,
+        assertion=assertion(death.process.lines.arena.abort_note(), stderr) if is_abort else None,
         registers=frame.registers if frame else {},
         code_bytes=frame.code_bytes if frame else "",
-        threads=[msgspec.structs.replace(t, crashed=t.tid == tid) for t in stacks],
-        faulthandler=text,
+        stack_bytes=getattr(frame, "stack_bytes", "") if frame else "",
+        threads=_threads(seen),
+        maps=_maps(seen),
+        memory=seen.memory,
+        limits=seen.limits,
+        samples=death.drain.samples(death.at),
+        flight=death.process.lines.arena.flight(death.at),
+        kernel_kills={name: [kills[0].get(name, now), now] for name, now in kills[1].items()},
+        faulthandler=seen.text,
         stderr_tail=stderr,
         log_tail=death.drain.log_tail(),
-        peak_rss=max(filter(None, (peak, death.drain.peak_rss)), default=None),
+        peak_rss=max(filter(None, (seen.memory.get("VmHWM"), death.drain.peak_rss)), default=None),
         detail=detail,
         steps=death.steps,
     )
 
 
-def _fault_from(returncode: int, death: Death) -> Fault | None:
-    if returncode >= 0 or death.hang or death.protocol:
-        return None
-    try:
-        return Fault(-returncode, signal.Signals(-returncode).name)
-    except ValueError:
-        return Fault(-returncode, f"signal {-returncode}")
-
-
-def _classify(death: Death, returncode: int, fault: Fault | None) -> tuple[Exit, str]:
-    """How the cell ended, most certain knowledge first; and what that rests on."""
-    if death.hang:
-        return Exit.HANG, "no reply within the deadline; killed by the supervisor"
-    if death.drain.over_memory:
+def _ending(
+    death: Death, code: int, fault: Fault | None, kills: tuple[dict[str, int], dict[str, int]]
+) -> tuple[Exit, str]:
+    if death.drain.over_memory and not (death.condemned and death.condemned[0] == Exit.HANG):
         return Exit.OOM, "resident memory went over the cell's limit; killed by the supervisor"
-    if death.protocol:
-        return Exit.PROTOCOL, death.protocol
-    if fault is None:
-        if death.phase == "start":
-            return Exit.FAILED_START, f"exited with status {returncode} before it was ready"
-        return Exit.NATIVE_EXIT, f"exit({returncode}) in the middle of a request"
-    if fault.signal == signal.SIGKILL and oom_kill_count() > death.oom_kills:
-        return Exit.OOM, "SIGKILL, and the kernel's oom_kill counter rose meanwhile"
-    if fault.signal in {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
-        return Exit.KILLED, f"{fault.name} that the supervisor did not send"
-    if fault.signal == signal.SIGABRT:
-        return Exit.ABORT, ""
-    return Exit.SIGNAL, ""
+    return death.condemned or classify(code, fault, death.phase, kills)
 
 
-def _assertion(note: str, stderr: str) -> Assertion | None:
-    if note:
-        found = _GGML.match(note)
-        if found:
-            return Assertion(found["text"].strip(), "ggml", found["file"], int(found["line"]))
-        return Assertion(note.strip(), "ggml")
-    searches: tuple[tuple[str, re.Pattern[str]], ...] = (("terminate", _TERMINATE), ("glibc", _GLIBC))
-    for source, pattern in searches:
-        matches = pattern.findall(stderr)
-        if matches:
-            return Assertion(matches[-1].strip(), source)
-    return None
+def _maps(seen: _Seen) -> list[Mapping]:
+    return observe.records(seen.maps, seen.build_ids)
 
 
-def _stacks(pid: int) -> list[Thread]:
+def _threads(seen: _Seen) -> list[Thread]:
+    """What /proc knows of each thread, with the stacks of pystack; without those, the faulting place."""
+    stacks = {thread.tid: thread for thread in seen.stacks}
+    threads = []
+    for thread in seen.threads or seen.stacks:
+        stack = stacks.get(thread.tid, thread)
+        crashed = seen.frame is not None and thread.tid == seen.frame.tid
+        native = stack.native or ([_place(seen)] if crashed else [])
+        threads.append(msgspec.structs.replace(thread, crashed=crashed, native=native, python=stack.python))
+    return threads
+
+
+def _place(seen: _Seen) -> Frame:
+    """The frame that needs no unwinder: the program counter of the fault."""
+    assert seen.frame is not None
+    pc = int(seen.frame.registers.get("rip") or seen.frame.registers["pc"], 16)
+    within = find_map(seen.maps, pc)
+    if within is None:
+        return Frame(offset=hex(pc))
+    build_id = seen.build_ids.get(within.path, "")
+    return Frame(module=within.path, build_id=build_id, offset=hex(pc - within.start + within.offset))
+
+
+def _helper(pid: int) -> Examined:
     command = [sys.executable, "-P", "-m", "crumplezone.sandbox.unwind", str(pid)]
     env = {**os.environ, "PYTHONPATH": import_path()}
     done = subprocess.run(
@@ -213,21 +264,7 @@ def _stacks(pid: int) -> list[Thread]:
         raise ValueError(
             f"helper ended with {done.returncode}: {done.stderr[-500:].decode(errors='replace')}"
         )
-    stacks = msgspec.json.decode(done.stdout, type=Stacks)
-    if stacks.error:
-        raise ValueError(stacks.error)
-    return stacks.threads
-
-
-def _comm(pid: int, tid: int) -> str:
-    return Path(f"/proc/{pid}/task/{tid}/comm").read_text(errors="replace").strip()
-
-
-def _peak_rss(pid: int) -> int | None:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return msgspec.json.decode(done.stdout, type=Examined)
 
 
 def _release(process: Process) -> str:

@@ -6,8 +6,6 @@ import contextlib
 import datetime as dt
 import os
 import select
-import signal
-import sys
 import time
 import traceback
 import weakref
@@ -19,7 +17,7 @@ from typing import TypeVar
 import msgspec
 
 from crumplezone.errors import CellDied, CellRefused, UsageError
-from crumplezone.reports.schema import Evidence, Frame
+from crumplezone.reports.schema import Evidence, Exit, Frame
 from crumplezone.sandbox import autopsy
 from crumplezone.sandbox.arena import Arena
 from crumplezone.sandbox.channel import (
@@ -35,6 +33,7 @@ from crumplezone.sandbox.channel import (
 )
 from crumplezone.sandbox.drain import Drain
 from crumplezone.sandbox.launch import Process, spawn
+from crumplezone.sandbox.pressure import oom_kills
 
 _CLOSE_GRACE_MS = 500
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -78,7 +77,7 @@ def _abandon(process: Process, drain: Drain, owner: int) -> None:
 
 
 def _caller_stack() -> list[Frame]:
-    here = traceback.extract_stack(sys._getframe(3), limit=40)  # noqa: SLF001 - CPython's public way
+    here = [f for f in traceback.extract_stack(limit=48) if f.filename != __file__]
     return [Frame(symbol=f.name, file=f.filename, line=f.lineno or 0) for f in reversed(here)]
 
 
@@ -97,7 +96,7 @@ class Cell:
     def __init__(self, spec: CellSpec) -> None:
         self._owner = os.getpid()
         self._next_id = 1
-        self._oom_kills = autopsy.oom_kill_count()
+        self._oom_kills = oom_kills()
         self._phase = "start"
         self._process = process = spawn(spec.env)
         self._drain = Drain(process, spec.memory_limit)
@@ -172,6 +171,10 @@ class Cell:
         except msgspec.MsgspecError as error:
             raise self._broken(f"sent a reply that does not decode: {error}") from error
 
+    def condemn(self, kind: Exit, why: str) -> CellDied:
+        """Give up a cell that answered, but not as it should; returns the error to raise."""
+        return self._lost(condemned=(kind, f"{why}; killed by the supervisor"))
+
     def close(self) -> None:
         """End the process and release everything. Idempotent."""
         if self._finalizer.detach() is None or os.getpid() != self._owner:
@@ -205,7 +208,7 @@ class Cell:
             if fault in ready:  # the child closed its end of the fault pipe, but lives
                 self._poller.unregister(fault)
             if end is not None and time.monotonic() >= end:
-                raise self._lost(hang=True)
+                raise self.condemn(Exit.HANG, "no reply within the deadline")
 
     def _gone(self) -> CellDied:
         """End of file: dead, held (its fault is in the pipe), or alive and silent."""
@@ -220,22 +223,18 @@ class Cell:
         poller.unregister(fault)
         if pidfd in ready or poller.poll(_CLOSE_GRACE_MS):
             return self._lost()
-        return self._lost(protocol="the cell closed its socket but lives; killed by the supervisor")
+        return self._broken("closed its socket but lives")
 
     def _broken(self, what: str) -> CellDied:
-        return self._lost(protocol=f"the cell {what}; killed by the supervisor")
+        return self.condemn(Exit.PROTOCOL, f"the cell {what}")
 
-    def _lost(self, *, held: bool = False, hang: bool = False, protocol: str = "") -> CellDied:
+    def _lost(self, *, held: bool = False, condemned: tuple[Exit, str] | None = None) -> CellDied:
         """Hand the process to the autopsy and return the error to raise."""
         process = self._process
         if self._finalizer.detach() is None:
             raise UsageError("this cell was closed by another thread in the middle of a call")
         now = dt.datetime.now(dt.UTC)
-        death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, hang, protocol)
-        if held or hang:
-            autopsy.stop_and_look(death)
-        elif protocol:
-            process.signal(signal.SIGKILL)
-        how = "crashed" if held else "did not answer in time" if hang else protocol or "died"
+        death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, condemned)
         incident = Incident(self._phase, now, autopsy.begin(death), _caller_stack())
-        return CellDied(f"cell {process.pid} {how}", incident)
+        how = "crashed" if held else condemned[1] if condemned else "died"
+        return CellDied(f"cell {process.pid}: {how}", incident)

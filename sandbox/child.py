@@ -28,6 +28,7 @@ from crumplezone.sandbox.channel import (
     Reply,
     Start,
 )
+from crumplezone.sandbox.recorder import Recorder
 
 _MESSAGE_MAX = 8192
 
@@ -50,6 +51,7 @@ class Room:
 
     arena: Arena
     sock: socket.socket
+    recorder: Recorder
 
 
 class _SocketHandler(logging.Handler):
@@ -95,8 +97,10 @@ def serve(channel: Channel, arena: Arena) -> None:
     """Build the target, then answer calls until the supervisor closes its end."""
     start = channel.receive()
     assert isinstance(start, Start)
+    recorder = arena.recorder()
     try:
-        service = _load(start, Room(arena, channel.sock))
+        with recorder.phase("start"):
+            service = _load(start, Room(arena, channel.sock, recorder))
         channel.send(Ready(msgspec.Raw(msgspec.msgpack.encode(service.info()))))
     except Exception as error:
         logging.getLogger(__name__).debug("start failed", exc_info=True)
@@ -108,7 +112,9 @@ def serve(channel: Channel, arena: Arena) -> None:
         call = channel.receive()
         assert isinstance(call, Call)
         try:
-            body = encode(service.handle(decode(call.body)))
+            with recorder.phase("validate", len(bytes(call.body))):
+                request = decode(call.body)
+            body = encode(service.handle(request))
             channel.send(Reply(call.id, msgspec.Raw(body)))
         except ChannelClosed:
             raise

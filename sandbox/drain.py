@@ -1,4 +1,4 @@
-"""One thread per cell that keeps its stderr and log socket empty, and watches its memory.
+"""One thread per cell that keeps its stderr and log socket empty, and samples its memory and processor time.
 
 An undrained stderr pipe stops llama.cpp in the middle of a load; an undrained log socket likewise.
 """
@@ -11,11 +11,13 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections import deque
 
 import msgspec
 import psutil
 
+from crumplezone.reports.schema import Sample
 from crumplezone.sandbox.channel import MAX_FRAME, LogLine
 from crumplezone.sandbox.launch import Process
 
@@ -23,7 +25,8 @@ _STDERR_TAIL = 64 * 1024
 _LOG_TAIL = 200
 _STOP_GRACE = 5.0  # seconds
 _NAMES_MAX = 256  # logging keeps every logger for ever: a hostile cell must not fill memory with names
-_MEMORY_PERIOD_MS = 20
+_SAMPLES = 64
+_PERIOD, _PERIOD_WITH_LIMIT = 0.2, 0.02  # seconds between samples
 _MESSAGE_MAX, _TAIL_MESSAGE_MAX = 8192, 2048
 
 _log = logging.getLogger(__name__)
@@ -46,7 +49,10 @@ class Drain:
         self._names: set[str] = set()
         self._decode = msgspec.msgpack.Decoder(LogLine).decode
         self._limit = memory_limit
+        self._period = _PERIOD_WITH_LIMIT if memory_limit else _PERIOD
         self._process = process
+        self._usage = psutil.Process(process.pid)
+        self._samples: deque[tuple[int, int, float]] = deque(maxlen=_SAMPLES)
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(process.lines.stderr_fd, False)
         process.lines.log.setblocking(False)
@@ -72,20 +78,28 @@ class Drain:
         """The last log records, one line each."""
         return list(self._logs)
 
+    def samples(self, end: int) -> list[Sample]:
+        """Memory and processor time up to ``end`` (CLOCK_MONOTONIC, nanoseconds), oldest first."""
+        return [
+            Sample(round((end - at) / 1e6, 1), rss, cpu) for at, rss, cpu in list(self._samples) if at <= end
+        ]
+
     def _run(self) -> None:
         err, log = self._process.lines.stderr_fd, self._process.lines.log
         poller = select.poll()
         for fd in (err, log.fileno(), self._stop_read):
             poller.register(fd, select.POLLIN)
-        timeout = _MEMORY_PERIOD_MS if self._limit else None
+        due = 0.0
         while True:
-            ready = {fd for fd, _ in poller.poll(timeout)}
+            now = time.monotonic()
+            if now >= due:
+                self._sample()
+                due = now + self._period
+            ready = {fd for fd, _ in poller.poll((due - now) * 1000)}
             if err in ready and not self._read_stderr(err):
                 poller.unregister(err)
             if log.fileno() in ready and not self._read_log(log):
                 poller.unregister(log)
-            if self._limit:
-                self._watch_memory(self._limit)
             if self._stop_read in ready:
                 # One bounded read more: a grandchild may hold the pipe open and write for ever.
                 self._read_stderr(err)
@@ -141,12 +155,16 @@ class Drain:
             record.processName = "cell"
             logger.handle(record)
 
-    def _watch_memory(self, limit: int) -> None:
+    def _sample(self) -> None:
         try:
-            rss = psutil.Process(self._process.pid).memory_info().rss
+            with self._usage.oneshot():
+                rss, times = self._usage.memory_info().rss, self._usage.cpu_times()
         except psutil.Error:
             return
+        if not rss:  # it has ended and waits to be reaped
+            return
+        self._samples.append((time.monotonic_ns(), rss, times.user + times.system))
         self.peak_rss = max(self.peak_rss or 0, rss)
-        if rss > limit and not self.over_memory:
+        if self._limit and rss > self._limit and not self.over_memory:
             self.over_memory = True
             self._process.signal(signal.SIGKILL)

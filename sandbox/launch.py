@@ -11,9 +11,10 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from crumplezone.reports.schema import Step
 from crumplezone.sandbox.arena import Arena
 
 
@@ -55,11 +56,12 @@ os.register_at_fork(after_in_child=_close_in_fork)
 
 @dataclass
 class Process:
-    """A started cell: its process and the lines to it."""
+    """A started cell: its process, the lines to it, and what the system refused on the way."""
 
     popen: subprocess.Popen[bytes]
     pidfd: int
     lines: Lines
+    refused: list[Step] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -89,11 +91,21 @@ class Process:
             self.pidfd = -1
 
 
-def _fault_pipe() -> tuple[int, int]:
-    # A packet pipe gives each write() a slot of its own; one page is one slot (pipe(2), O_DIRECT).
-    read, write = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    return read, write
+def _fault_pipe() -> tuple[int, int, list[Step]]:
+    """A pipe that holds its writer at the second write, or else one that only carries faulthandler's text."""
+    try:
+        # A packet pipe gives each write() a slot of its own; one page is one slot (pipe(2), O_DIRECT).
+        read, write = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        read, write = os.pipe2(os.O_CLOEXEC)
+        remedy = "a kernel and a seccomp profile that allow pipe2 with O_DIRECT (Linux >= 3.4)"
+        return read, write, [Step("hold (packet pipe)", False, detail=str(error), remedy=remedy)]
+    try:
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    except OSError as error:
+        remedy = "a seccomp profile that allows fcntl with F_SETPIPE_SZ"
+        return read, write, [Step("hold (one slot)", False, detail=str(error), remedy=remedy)]
+    return read, write, []
 
 
 def import_path() -> str:
@@ -125,7 +137,7 @@ def spawn(env: Mapping[str, str]) -> Process:
             ours.callback(each.close)
         for each in (child_sock, child_log):
             child_ends.callback(each.close)
-        fault_read, fault_write = _fault_pipe()
+        fault_read, fault_write, refused = _fault_pipe()
         parent_read, parent_write = os.pipe2(os.O_CLOEXEC)
         err_read, err_write = os.pipe2(os.O_CLOEXEC)
         arena = Arena()
@@ -144,6 +156,6 @@ def spawn(env: Mapping[str, str]) -> Process:
             process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
         )
         _open_lines.add(lines)
-        process = Process(popen, os.pidfd_open(popen.pid), lines)
+        process = Process(popen, os.pidfd_open(popen.pid), lines, refused)
         ours.pop_all()
         return process

@@ -11,10 +11,10 @@ import platform
 import signal
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from crumplezone.reports.schema import Fault
+from crumplezone.sandbox.procfs import Map, find_map, read_at, read_maps, stack_pointer, threads
 
 _GREGS = tuple("r8 r9 r10 r11 r12 r13 r14 r15 rdi rsi rbp rbx rdx rax rcx rsp rip eflags".split())  # noqa: SIM905
 _RESTORER = bytes.fromhex("48c7c00f0000000f05")  # __restore_rt: mov $15,%rax ; syscall
@@ -40,17 +40,6 @@ _PAGE_FAULT = 14
 
 
 @dataclass(frozen=True)
-class Mapping:
-    """One line of /proc/PID/maps."""
-
-    start: int
-    end: int
-    perms: str
-    offset: int
-    path: str
-
-
-@dataclass(frozen=True)
 class SignalFrame:
     """What the kernel saved when it delivered the fatal signal."""
 
@@ -60,63 +49,25 @@ class SignalFrame:
     code_bytes: str
 
 
-def read_maps(pid: int) -> list[Mapping]:
-    """Parse /proc/PID/maps."""
-    maps = []
-    with open(f"/proc/{pid}/maps", errors="replace") as lines:
-        for line in lines:
-            parts = line.split(None, 5)
-            start, end = (int(part, 16) for part in parts[0].split("-"))
-            path = parts[5].rstrip("\n") if len(parts) > 5 else ""
-            maps.append(Mapping(start, end, parts[1], int(parts[2], 16), path))
-    return maps
-
-
-def find_map(maps: list[Mapping], address: int) -> Mapping | None:
-    """The mapping that holds an address."""
-    return next((m for m in maps if m.start <= address < m.end), None)
-
-
-def threads(pid: int) -> list[int]:
-    """Thread ids of a process, the main thread first."""
-    return sorted(
-        (int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()), key=lambda t: (t != pid, t)
-    )
-
-
-def _stack_pointer(pid: int, tid: int) -> int | None:
-    # /proc/PID/task/TID/syscall ends in the stack pointer and the program counter, unless "running".
-    fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
-    return int(fields[-2], 16) if len(fields) >= 3 else None
-
-
-def _read_at(mem: BinaryIO, address: int, size: int) -> bytes:
-    try:
-        mem.seek(address)
-        return mem.read(size)
-    except (OSError, ValueError, OverflowError):
-        return b""
-
-
 def _looks_like_frame(stack: bytes, at: int) -> bool:
     flags, link = struct.unpack_from("<QQ", stack, at + 8)
     (cs,) = struct.unpack_from("<H", stack, at + 192)
     return not flags & ~7 and not link and cs == _USER_CS
 
 
-def _find(mem: BinaryIO, maps: list[Mapping], sp: int) -> bytes | None:
+def _find(mem: BinaryIO, maps: list[Map], sp: int) -> bytes | None:
     """Scan up the stack for a return address of __restore_rt with a frame above it."""
     within = find_map(maps, sp)
     if within is None:
         return None
-    stack = _read_at(mem, sp, min(within.end - sp, _SCAN_MAX))
+    stack = read_at(mem, sp, min(within.end - sp, _SCAN_MAX))
     is_restorer: dict[int, bool] = {}
     for at in range(-sp % 8, len(stack) - _FRAME_SIZE, 8):
         (address,) = struct.unpack_from("<Q", stack, at)
         if address not in is_restorer:
             code = find_map(maps, address) if 0x1000 < address < 1 << 47 else None
             is_restorer[address] = (
-                code is not None and "x" in code.perms and _read_at(mem, address, len(_RESTORER)) == _RESTORER
+                code is not None and "x" in code.perms and read_at(mem, address, len(_RESTORER)) == _RESTORER
             )
         if is_restorer[address] and _looks_like_frame(stack, at):
             return stack[at : at + _FRAME_SIZE]
@@ -160,11 +111,11 @@ def read_signal_frame(pid: int) -> SignalFrame | None:
     maps = read_maps(pid)
     with open(f"/proc/{pid}/mem", "rb", 0) as mem:
         for tid in threads(pid):
-            sp = _stack_pointer(pid, tid)
+            sp = stack_pointer(pid, tid)
             raw = _find(mem, maps, sp) if sp else None
             if raw is not None:
                 fault, registers = parse(raw)
-                code = _read_at(mem, registers["rip"], 16).hex()
+                code = read_at(mem, registers["rip"], 16).hex()
                 shown = {name: f"{value:#018x}" for name, value in registers.items()}
                 return SignalFrame(tid, fault, shown, code)
     return None

@@ -17,7 +17,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import NoteSection
 
 from crumplezone.reports.schema import Frame, Thread
-from crumplezone.sandbox.sigframe import Mapping, find_map, read_maps
+from crumplezone.sandbox.procfs import Map, find_map, read_maps
 
 _FRAMES_MAX = 128
 _PR_SET_PDEATHSIG = 1
@@ -47,7 +47,7 @@ def _elf(path: str) -> tuple[str, tuple[tuple[int, int, int], ...]]:
         return "", ()
 
 
-def _native(frame: Any, maps: list[Mapping]) -> Frame:
+def _native(frame: Any, maps: list[Map]) -> Frame:
     within = find_map(maps, frame.address)
     if within is None or not within.path.startswith("/"):
         module = within.path if within else ""

@@ -1,0 +1,57 @@
+"""Whether the kernel killed for memory: its counters, read before and after."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+HOST = "/proc/vmstat oom_kill"
+
+
+def oom_kills() -> dict[str, int]:
+    """How many processes the kernel has killed for memory, by counter.
+
+    The counters of our own cgroup (`memory.events` in version 2, `memory.oom_control` in version 1) count kills
+    in this cgroup for whatever reason; that of /proc/vmstat (Linux >= 4.13) counts them on the whole host. What
+    cannot be read is absent.
+    """
+    found = {}
+    for path in _cgroup_files():
+        with contextlib.suppress(OSError, ValueError):
+            found[path.name] = _counter(path)
+    with contextlib.suppress(OSError, ValueError):
+        found[HOST] = _counter(Path("/proc/vmstat"))
+    return found
+
+
+def killed_for_memory(before: dict[str, int], after: dict[str, int]) -> str:
+    """The counter that says that a process of ours was killed for memory, or an empty string.
+
+    The host's counter is asked only where our cgroup has none: somebody else's process may have been killed.
+    """
+    ours = [name for name in after if name != HOST] or [HOST]
+    return next((name for name in ours if after.get(name, 0) > before.get(name, after.get(name, 0))), "")
+
+
+def _cgroup_files() -> list[Path]:
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    files = []
+    for line in lines:  # "4:memory:/path" in version 1, "0::/path" in version 2 (cgroups(7))
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            files.append(_CGROUPS / "memory" / path.lstrip("/") / "memory.oom_control")
+        elif not controllers:
+            files.append(_CGROUPS / path.lstrip("/") / "memory.events")
+    return files
+
+
+def _counter(path: Path) -> int:
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name == "oom_kill":
+            return int(value)
+    raise ValueError(f"{path} has no oom_kill")
