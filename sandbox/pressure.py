@@ -12,9 +12,9 @@ HOST = "/proc/vmstat oom_kill"
 def oom_kills() -> dict[str, int]:
     """How many processes the kernel has killed for memory, by counter.
 
-    The counters of our own cgroup (`memory.events` in version 2, `memory.oom_control` in version 1) count kills
-    in this cgroup for whatever reason; that of /proc/vmstat (Linux >= 4.13) counts them on the whole host. What
-    cannot be read is absent.
+    The counter of our own cgroup (`memory.events` in version 2, `memory.oom_control` in version 1) counts
+    every OOM kill of a process in it; that of /proc/vmstat (Linux >= 4.13) counts those of the whole host.
+    What cannot be read is absent.
     """
     found = {}
     for path in _cgroup_files():
