@@ -236,6 +236,15 @@ class Replay(msgspec.Struct, frozen=True, omit_defaults=True):
     versions: dict[str, str] = {}
 
 
+class Minimal(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The smallest batch and context found that still crash with the same signature."""
+
+    batch: BatchRecord
+    context: dict[str, int | float | bool | str | None]
+    at: str  # UTC, ISO 8601
+    tests: int  # how many candidates were run
+
+
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     """One crash. ``id`` is also the name of its directory in the store."""
 
@@ -256,6 +265,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     signature: Signature | None = None
     verdict: Verdict | None = None  # None: nothing has shown it
     replays: list[Replay] = []
+    minimal: Minimal | None = None
     redacted: bool = False
     same_as: str = ""  # in a storm: the id of the full report that this one only counts towards
 

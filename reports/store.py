@@ -6,13 +6,13 @@ hostile child may have chosen most of its bytes, and anybody may have put anythi
 
 from __future__ import annotations
 
-import builtins
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
-import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +20,11 @@ from pathlib import Path
 import msgspec
 
 from crumplezone.errors import ReportError
-from crumplezone.reports import schema
+from crumplezone.reports import files, retention, schema
+from crumplezone.reports.index import NO_STAMP, Index, Row, Stamp, row_of, stamp_of
+from crumplezone.reports.retention import Count, Ledger, Pruned, Retention
 from crumplezone.reports.schema import Report
-from crumplezone.reports.text import printable
+from crumplezone.reports.text import printable, render
 
 MAX_BYTES = 16 << 20
 """The largest report.json that is read or written."""
@@ -36,22 +38,24 @@ class _Version(msgspec.Struct):
 
 
 class _UnreadableError(Exception):
-    """Why one report cannot be read."""
+    """Why one report cannot be read.
+
+    Attributes:
+        corrupt: Nobody else could read it either.
+    """
+
+    def __init__(self, problem: str, *, corrupt: bool = False) -> None:
+        super().__init__(problem)
+        self.corrupt = corrupt
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One directory of the store.
+class _File:
+    """A report.json: its content, its stamp, and the bytes of all files beside it."""
 
-    Attributes:
-        id: The directory's name.
-        report: What it holds, or None if that cannot be read.
-        problem: Why it cannot be read, else empty.
-    """
-
-    id: str
-    report: Report | None
-    problem: str = ""
+    data: bytes
+    stamp: Stamp
+    size: int
 
 
 def default_directory() -> Path:
@@ -114,14 +118,15 @@ class Store:
             ReportError: It cannot be encoded or written.
         """
         final = self.path(report.id)
-        temporary = self.directory / f".tmp-{report.id}-{os.getpid()}"
-        data = _encode(report)
+        temporary = files.temporary(self.directory, report.id)
+        data, shown = _encode(report), text.encode("utf-8", "backslashreplace")
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary.mkdir(mode=0o700)
             try:
                 (temporary / "report.json").write_bytes(data)
-                (temporary / "report.txt").write_bytes(text.encode("utf-8", "backslashreplace"))
+                (temporary / "report.txt").write_bytes(shown)
+                stamp = stamp_of((temporary / "report.json").stat())
                 temporary.rename(final)  # fails if the id is taken: that directory is not empty
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -131,16 +136,59 @@ class Store:
                 f"crash report {report.id} cannot be written to {self.directory}: {error.strerror}. "
                 "Make that directory writable, or set CRUMPLEZONE_REPORTS to another."
             ) from error
+        Index(self.directory).add([row_of(report, stamp, len(data) + len(shown), datetime.now(UTC))])
         return final
 
-    def list(self) -> builtins.list[Entry]:
+    def update(self, report: Report) -> None:
+        """Replace a report by a newer version of itself; a reader sees the one or the other.
+
+        Args:
+            report: Its id must be in the store.
+
+        Raises:
+            ReportError: There is no such report, or it cannot be encoded or written.
+        """
+        path, data = self.path(report.id), _encode(report)
+        try:
+            with _folder(path) as folder:
+                stamp = stamp_of(files.replace(self.directory, "report.json", data, folder))
+                shown = render(report).encode("utf-8", "backslashreplace")
+                files.replace(self.directory, "report.txt", shown, folder)
+                size = _size(folder)
+        except OSError as error:
+            raise ReportError(
+                f"crash report {report.id} in {self.directory} cannot be updated: {error.strerror}. "
+                "`crumplezone triage list` shows whether it is still there."
+            ) from error
+        Index(self.directory).add([row_of(report, stamp, size, datetime.now(UTC))])
+
+    def rows(self) -> list[Row]:
         """All reports, newest first. One that cannot be read is listed with its problem.
+
+        Only reports that the index does not know, or knows in another state, are read.
 
         Raises:
             ReportError: The store itself cannot be read. (One that does not exist yet is empty.)
         """
-        found = sorted(self._scan(), reverse=True)
-        return [_load(self.directory, name) for _second, _nanoseconds, name in found]
+        index = Index(self.directory)
+        known, lines = index.load()
+        rows: list[Row] = []
+        fresh: list[Row] = []
+        try:
+            for name, stamp in self._scan():
+                row = known.get(name)
+                if row is None or row.stamp != stamp or stamp == NO_STAMP:
+                    row = _examine(self.directory, name)
+                    if row is None:
+                        continue
+                    if row.stamp != NO_STAMP:
+                        fresh.append(row)
+                rows.append(row)
+        finally:  # also when interrupted: the next listing goes on from here
+            index.add(fresh)
+        if lines + len(fresh) > 2 * max(len(rows), 50):
+            index.rewrite(row for row in rows if row.stamp != NO_STAMP)
+        return sorted(rows, key=lambda row: (row.crashed_at, row.id), reverse=True)
 
     def read(self, report_id: str) -> Report:
         """Read one report.
@@ -151,29 +199,71 @@ class Store:
         Raises:
             ReportError: No such id, several, or a report that cannot be read.
         """
-        self.path(report_id)  # refuses what is no id
-        names = sorted(name for _, _, name in self._scan() if name.startswith(report_id))
-        if report_id in names:
-            names = [report_id]
+        exact = self.path(report_id)  # refuses what is no id
+        name = report_id if os.path.lexists(exact) else self._complete(report_id)
+        try:
+            return _decode(_read(self.directory / name).data, name)
+        except _UnreadableError as error:
+            raise ReportError(f"report {name} in {self.directory} cannot be read: {error}") from error
+
+    def counts(self) -> dict[str, Count]:
+        """How many reports were removed by `prune`, by signature."""
+        return Ledger.load(self.directory).settle({entry.name for entry in self._entries()})
+
+    def prune(self, limits: Retention, now: datetime | None = None) -> Pruned:
+        """Remove duplicates, oldest first, until limits are met; see `retention.plan` for what stays.
+
+        Also sweeps what writers left behind when they were killed.
+
+        Args:
+            limits: What may be kept.
+            now: With a time zone. [default: the present]
+
+        Raises:
+            ReportError: Another process prunes this store now, or it cannot be read or written.
+        """
+        try:
+            with retention.exclusive(self.directory):
+                rows = self.rows()
+                doomed, unmet = retention.plan(rows, limits, now or datetime.now(UTC))
+                retention.remove(self.directory, doomed, {row.id for row in rows})
+                retention.sweep(self.directory)
+        except FileNotFoundError:  # no store yet
+            return Pruned()
+        except BlockingIOError as error:
+            raise ReportError(
+                f"another process is pruning {self.directory}: try again when it has finished"
+            ) from error
+        except OSError as error:
+            raise ReportError(
+                f"the reports in {self.directory} cannot be pruned: {error.strerror}. "
+                "Make that directory writable."
+            ) from error
+        return Pruned(tuple(row.id for row in doomed), sum(row.bytes for row in doomed), unmet)
+
+    def _complete(self, prefix: str) -> str:
+        names = sorted(entry.name for entry in self._entries() if entry.name.startswith(prefix))
         if not names:
             raise ReportError(
-                f"no report {report_id} in {self.directory}: `crumplezone triage list` shows those "
+                f"no report {prefix} in {self.directory}: `crumplezone triage list` shows those "
                 "there are; --reports names another store."
             )
         if len(names) > 1:
-            some = ", ".join(printable(name) for name in names[:5])
-            raise ReportError(f"{report_id} begins {len(names)} report ids ({some}, ...): give more of it")
-        entry = _load(self.directory, names[0])
-        if entry.report is None:
-            shown = printable(entry.id)
-            raise ReportError(f"report {shown} in {self.directory} cannot be read: {entry.problem}")
-        return entry.report
+            raise ReportError(
+                f"{prefix} begins {len(names)} report ids ({', '.join(names[:5])}, ...): give more of it"
+            )
+        return names[0]
 
-    def _scan(self) -> builtins.list[tuple[str, int, str]]:
-        """Sort keys and names: the second in the id, then the directory's own time (a rename keeps it)."""
+    def _entries(self) -> list[os.DirEntry[str]]:
+        """The directories that could be reports, and links (to be listed as a problem)."""
         try:
             with os.scandir(self.directory) as entries:
-                found = [entry for entry in entries if not entry.name.startswith(".")]
+                return [
+                    entry
+                    for entry in entries
+                    if _ID.fullmatch(entry.name)
+                    and (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
+                ]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -181,13 +271,30 @@ class Store:
                 f"the reports in {self.directory} cannot be listed: {error.strerror}. "
                 "Make that directory readable, or name another with --reports."
             ) from error
-        keys = []
-        for entry in found:
-            with contextlib.suppress(FileNotFoundError):  # deleted since
-                if entry.is_symlink() or entry.is_dir():
-                    modified = entry.stat(follow_symlinks=False).st_mtime_ns
-                    keys.append((entry.name.partition("-")[0], modified, entry.name))
-        return keys
+
+    def _scan(self) -> Iterator[tuple[str, Stamp]]:
+        """Each report's name and present stamp."""
+        directory = os.fspath(self.directory)
+        for entry in self._entries():
+            stamp = NO_STAMP
+            if not entry.is_symlink():
+                with contextlib.suppress(OSError):  # none: to be looked at
+                    stamp = stamp_of(os.lstat(f"{directory}/{entry.name}/report.json"))
+            yield entry.name, stamp
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[int]:
+    folder = files.open_folder(path)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _size(folder: int) -> int:
+    with os.scandir(folder) as entries:
+        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
 
 
 def _encode(report: Report) -> bytes:
@@ -205,36 +312,41 @@ def _encode(report: Report) -> bytes:
     return data
 
 
-def _load(directory: Path, name: str) -> Entry:
+def _examine(directory: Path, name: str) -> Row | None:
+    """Make the row of a report by reading it; None if it has been removed."""
+    path = directory / name
+    report, stamp, size, problem, corrupt = None, NO_STAMP, 0, "", False
     try:
-        return Entry(name, _decode(_read_bytes(directory / name), name))
+        file = _read(path)
+        stamp, size = file.stamp, file.size
+        report = _decode(file.data, name)
     except _UnreadableError as error:
-        return Entry(name, None, str(error))
-
-
-def _read_bytes(directory: Path) -> bytes:
-    """Read report.json with bounds, following no link and waiting for no pipe."""
+        problem, corrupt = str(error), error.corrupt
     try:
-        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = os.open("report.json", flags, dir_fd=folder)
-        finally:
-            os.close(folder)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise _UnreadableError("report.json is not a regular file")
-            data = file.read(MAX_BYTES + 1)
+        modified = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
     except FileNotFoundError:
-        raise _UnreadableError("it has no report.json") from None
+        return None
+    except (ValueError, OverflowError):  # a time that no calendar has
+        modified = datetime.fromtimestamp(0, UTC)
+    if report:
+        return row_of(report, stamp, size, modified)
+    return Row(id=name, stamp=stamp, crashed_at=modified, bytes=size, problem=problem, corrupt=corrupt)
+
+
+def _read(path: Path) -> _File:
+    """Read report.json with bounds."""
+    try:
+        with _folder(path) as folder:
+            data, found = files.read("report.json", MAX_BYTES, folder)
+            return _File(data, stamp_of(found), _size(folder))
+    except FileNotFoundError:
+        raise _UnreadableError("it has no report.json", corrupt=True) from None
     except OSError as error:
+        corrupt = error.errno in (errno.EINVAL, errno.EFBIG)
         # ELOOP and ENOTDIR are what O_NOFOLLOW says of a link.
         raise _UnreadableError(
-            f"report.json cannot be opened ({error.strerror}; links are not followed)"
+            f"report.json cannot be read ({error.strerror}; links are not followed)", corrupt=corrupt
         ) from error
-    if len(data) > MAX_BYTES:
-        raise _UnreadableError(f"report.json is larger than {MAX_BYTES} bytes")
-    return data
 
 
 def _decode(data: bytes, name: str) -> Report:
@@ -247,8 +359,9 @@ def _decode(data: bytes, name: str) -> Report:
                 f"its schema is newer than this crumplezone's ({known}): upgrade crumplezone"
             )
         report = schema.decode(data)
+        if report.id != name:
+            raise ValueError(f"its id is '{report.id[:120]}'")
     except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
-        raise _UnreadableError(f"report.json is corrupt: {printable(str(error))[:200]}") from error
-    if report.id != name:
-        raise _UnreadableError(f"report.json is corrupt: its id is '{printable(report.id[:120])}'")
+        problem = f"report.json is corrupt: {printable(str(error))[:200]}"
+        raise _UnreadableError(problem, corrupt=True) from error
     return report

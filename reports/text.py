@@ -5,10 +5,11 @@ Most strings of a report come from the crashed child. `printable` keeps them fro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import PurePosixPath
 
+from crumplezone.reports.frames import meaningful
 from crumplezone.reports.schema import Evidence, Exit, Frame, Report, Thread
 
 # Caps keep a hostile report from becoming an endless page.
@@ -16,17 +17,15 @@ _MAX_FRAMES = 128
 _MAX_THREADS = 64
 _MAX_SEQUENCES = 64
 _MAX_REGISTERS = 128
+_MAX_MODULES = 128
+_MAX_PHASES = 16
+_MAX_SAMPLES = 8
+_STACK_BYTES = 128
 _EDGE_TOKENS = 4
+# Of /proc/PID/status and /proc/PID/limits, what tells of a crash; report.json has them all.
+_SIZES = ("VmPeak", "VmSize", "VmHWM", "VmRSS", "VmSwap", "VmStk")
+_LIMITS = ("Max address space", "Max data size", "Max stack size", "Max locked memory", "Max processes")
 
-# The machinery of dying and of calling from Python: where every crash passes, so it tells nothing.
-_RUNTIME_SYMBOL = re.compile(
-    r"(__GI_)?(raise|abort|kill|gsignal)|_*pthread_kill\w*|__restore_rt|_sigtramp"
-    r"|ggml_abort|ggml_print_backtrace|faulthandler\w*|ffi_call\w*|_ctypes\w*|_?Py\w*"
-)
-_RUNTIME_MODULE = re.compile(
-    r"(libc|libpthread|ld-linux[\w-]*|ld-musl[\w-]*|libffi\w*|libpython[\w.]*|libstdc\+\+|libgcc_s)"
-    r"[.-].*|_ctypes\..*|python[\d.]*|\[vdso\]|linux-vdso.*"
-)
 _ENDINGS = {
     Exit.CLEAN: "The cell stopped as asked",
     Exit.HANG: "The cell did not reply within its deadline and was killed",
@@ -34,6 +33,7 @@ _ENDINGS = {
     Exit.KILLED: "The cell was killed from outside",
     Exit.NATIVE_EXIT: "Native code called exit() in the middle of a request",
     Exit.FAILED_START: "The cell never became ready",
+    Exit.NON_FINITE: "The cell answered with NaN or infinity and was killed",
     Exit.PROTOCOL: "The cell closed its socket or sent what cannot be decoded, and was killed",
 }
 
@@ -57,7 +57,7 @@ def crashed_thread(report: Report) -> Thread | None:
 def top_frame(report: Report) -> Frame | None:
     """The innermost native frame of the crashed thread that is not part of a runtime, or None."""
     thread = crashed_thread(report)
-    return _meaningful(thread.native) if thread else None
+    return next(meaningful(thread.native), None) if thread else None
 
 
 def frame_name(frame: Frame) -> str:
@@ -100,18 +100,6 @@ def render(report: Report) -> str:
         body = list(section(report)) or ["(not recorded)"]
         lines += ["", title, "-" * len(title), *body]
     return "\n".join(lines) + "\n"
-
-
-def _meaningful(frames: list[Frame]) -> Frame | None:
-    return next((frame for frame in frames if not _is_runtime(frame)), None)
-
-
-def _is_runtime(frame: Frame) -> bool:
-    symbol = re.split(r"@|\+0x", frame.symbol, maxsplit=1)[0]  # drops a version or an offset
-    module = PurePosixPath(frame.module).name
-    # A frame without a name and a file is a jump into nowhere: its caller tells more.
-    nowhere = not symbol and not module
-    return nowhere or bool(_RUNTIME_SYMBOL.fullmatch(symbol) or _RUNTIME_MODULE.fullmatch(module))
 
 
 def _ending(evidence: Evidence, signal: str) -> str:
@@ -166,7 +154,7 @@ def _fault(report: Report) -> list[str]:
     if fault:
         pairs += [("signal", f"{fault.name} ({fault.signal})"), ("code", fault.code_name or fault.code)]
         pairs += [("address", fault.address), ("access", fault.access), ("trap", fault.trap)]
-        pairs += [("sent by process", fault.sender_pid)]
+        pairs += [("sent by process", fault.sender_pid), ("of user", fault.sender_uid)]
     if assertion:
         place = f"{assertion.file}:{assertion.line}" if assertion.file else ""
         pairs += [("assertion", assertion.text), ("from", assertion.source), ("at", place)]
@@ -189,9 +177,12 @@ def _python(report: Report) -> list[str]:
     if others:
         lines.append("Other threads:")
     for thread in others[:_MAX_THREADS]:
-        inner = [_meaningful(thread.native), next(iter(thread.python), None)]
+        # One that only waits in a runtime, as idle workers do, is shown where it waits.
+        native = next(chain(meaningful(thread.native), thread.native), None)
+        inner = [native, next(iter(thread.python), None)]
         stacks = " < ".join(frame_name(frame) for frame in inner if frame) or "??"
-        lines.append(f"  {thread.tid} {printable(thread.name)}: {stacks}")
+        doing = printable(f" [{thread.doing}]") if thread.doing else ""
+        lines.append(f"  {thread.tid} {printable(thread.name)}{doing}: {stacks}")
     lines += _more(_MAX_THREADS, len(others))
     if report.caller:
         lines += ["Caller, in the supervisor:", *_frames(report.caller)]
@@ -202,7 +193,61 @@ def _registers(report: Report) -> list[str]:
     registers = list(report.evidence.registers.items())
     cells = [printable(f"{name:<7} {value:<18}") for name, value in registers[:_MAX_REGISTERS]]
     lines = ["  ".join(cells[i : i + 4]).rstrip() for i in range(0, len(cells), 4)]
-    return lines + _more(_MAX_REGISTERS, len(registers))
+    lines += _more(_MAX_REGISTERS, len(registers))
+    stack = report.evidence.stack_bytes[: 2 * _STACK_BYTES]
+    rows = [stack[i : i + 64] for i in range(0, len(stack), 64)]
+    return lines + [printable(f"stack+{32 * n:<3} {row}") for n, row in enumerate(rows)]
+
+
+def _modules(report: Report) -> list[str]:
+    found = {
+        m.path: f"{m.start:<14} {m.build_id or '(no build-id)'} {m.path}"
+        for m in report.evidence.maps
+        if "x" in m.perms and m.path.startswith("/")
+    }
+    return [printable(line) for line in list(found.values())[:_MAX_MODULES]] + _more(_MAX_MODULES, len(found))
+
+
+def _memory(report: Report) -> list[str]:
+    evidence = report.evidence
+    lines = _pairs((f"{name}, bytes", evidence.memory.get(name)) for name in _SIZES)
+    lines += _pairs((name, evidence.limits.get(name)) for name in _LIMITS)
+    for name, counts in list(evidence.kernel_kills.items())[:_MAX_SAMPLES]:
+        lines.append(printable(f"OOM kills counted by {name}: {' then '.join(map(str, counts[:2]))}"))
+    for sample in evidence.samples[-_MAX_SAMPLES:]:
+        lines.append(f"{sample.ms:9.1f} ms before: {sample.rss >> 20} MB, {sample.cpu:.2f} s of processor")
+    return lines
+
+
+def _flight(report: Report) -> list[str]:
+    lines = []
+    for phase in report.evidence.flight[-_MAX_PHASES:]:
+        took = "did not end" if phase.took is None else f"took {phase.took:.3f} ms"
+        lines.append(printable(f"{phase.ms:12.3f} ms before: {phase.name:<12} {phase.count:>9}  {took}"))
+    return lines
+
+
+def _verdict(report: Report) -> list[str]:
+    signature, verdict, minimal = report.signature, report.verdict, report.minimal
+    pairs: list[tuple[str, object]] = []
+    if signature:
+        pairs += [
+            ("signature", signature.id),
+            ("title", signature.title),
+            ("confidence", signature.confidence),
+        ]
+    if verdict:
+        pairs += [("verdict", verdict.kind.value), ("because", verdict.because)]
+    pairs += [("counts towards", report.same_as), ("redacted", "yes" if report.redacted else "")]
+    lines = _pairs(pairs)
+    for replay in report.replays[-_MAX_SAMPLES:]:
+        same = f", {replay.same} with this signature" if replay.crashed else ""
+        lines.append(printable(f"replayed {replay.at}: crashed {replay.crashed} of {replay.runs}{same}"))
+    if minimal:
+        sequences = len(set(minimal.batch.seq_ids))
+        shape = f"{len(minimal.batch.tokens)} tokens in {sequences} sequences"
+        lines.append(printable(f"minimised {minimal.at}: {shape}, after {minimal.tests} tests"))
+    return lines
 
 
 def _edges(tokens: list[int]) -> str:
@@ -272,15 +317,21 @@ def _provenance(report: Report) -> list[str]:
     for step in report.evidence.steps:
         detail = f": {step.detail}" if step.detail else ""
         lines.append(printable(f"{'ok' if step.ok else 'failed':<6} {step.ms:9.1f} ms  {step.name}{detail}"))
+        if step.remedy:
+            lines.append(printable(f"{'':<20}what would allow it: {step.remedy}"))
     return lines + _pairs([("written at", report.written_at)])
 
 
 _SECTIONS: tuple[tuple[str, Callable[[Report], Iterable[str]]], ...] = (
     ("Summary", lambda report: [summary(report)]),
+    ("Verdict", _verdict),
     ("Fault", _fault),
     ("Native stack", _native),
     ("Python stack", _python),
     ("Registers", _registers),
+    ("Modules", _modules),
+    ("Memory", _memory),
+    ("Flight recorder", _flight),
     ("Batch", _batch),
     ("Ladder", _ladder),
     ("Context", lambda report: _pairs(report.context.items())),

@@ -18,14 +18,14 @@ from pathlib import Path
 import msgspec
 
 from crumplezone.reports.schema import Evidence, Exit, Fault, Frame, Mapping, Step, Thread
-from crumplezone.sandbox import observe, sigframe
+from crumplezone.sandbox import observe
 from crumplezone.sandbox.classify import assertion, classify, fault_of
 from crumplezone.sandbox.drain import Drain
 from crumplezone.sandbox.launch import Process, import_path
 from crumplezone.sandbox.pressure import oom_kills
 from crumplezone.sandbox.procfs import Map, find_map, read_maps
-from crumplezone.sandbox.sigframe import SignalFrame, read_signal_frame
-from crumplezone.sandbox.unwind import Stacks as Examined
+from crumplezone.sandbox.sigframe import SignalFrame, mend_null_call, read_signal_frame
+from crumplezone.sandbox.unwind import Stacks
 
 _UNWIND_DEADLINE = 15.0  # seconds
 _DEATH_DEADLINE = 5.0
@@ -88,11 +88,11 @@ def _step(death: Death, name: str, remedy: str = "") -> Iterator[list[str]]:
     ok = True
     try:
         yield detail
-    except (OSError, ValueError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError, ImportError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
         ok = False
         detail.append(f"{type(error).__name__}: {error}")
-        if isinstance(error, FileNotFoundError | ProcessLookupError):
-            remedy = ""  # it has gone: no permission would help
+        if isinstance(error, FileNotFoundError | ProcessLookupError | ImportError):
+            remedy = ""  # it is not there: no permission would help
     elapsed = round((time.perf_counter() - start) * 1000, 2)
     death.steps.append(Step(name, ok, elapsed, "; ".join(detail), "" if ok else remedy))
 
@@ -175,13 +175,15 @@ def _unwind(death: Death, seen: _Seen) -> None:
     pid = death.process.pid
     if seen.frame:
         with _step(death, "call to nowhere", _MAY_LOOK) as detail:
-            if getattr(sigframe, "mend_null_call", lambda *_: False)(pid, seen.frame):
+            if mend_null_call(pid, seen.frame):
                 detail.append("the saved program counter was set to the caller's, for the unwinder")
             else:
                 detail.append("none")
     with _step(death, "stacks (pystack)", _MAY_TRACE):
         examined = _helper(pid)
-        seen.stacks, seen.build_ids = examined.threads, getattr(examined, "build_ids", {})
+        seen.stacks, seen.build_ids = examined.threads, examined.build_ids
+        if examined.missing:
+            raise ImportError(examined.error)
         if examined.error:
             raise ValueError(examined.error)
 
@@ -202,7 +204,7 @@ def _evidence(death: Death, seen: _Seen, code: int) -> Evidence:
         assertion=assertion(death.process.lines.arena.abort_note(), stderr) if is_abort else None,
         registers=frame.registers if frame else {},
         code_bytes=frame.code_bytes if frame else "",
-        stack_bytes=getattr(frame, "stack_bytes", "") if frame else "",
+        stack_bytes=frame.stack_bytes if frame else "",
         threads=_threads(seen),
         maps=_maps(seen),
         memory=seen.memory,
@@ -254,7 +256,7 @@ def _place(seen: _Seen) -> Frame:
     return Frame(module=within.path, build_id=build_id, offset=hex(pc - within.start + within.offset))
 
 
-def _helper(pid: int) -> Examined:
+def _helper(pid: int) -> Stacks:
     command = [sys.executable, "-P", "-m", "crumplezone.sandbox.unwind", str(pid)]
     env = {**os.environ, "PYTHONPATH": import_path()}
     done = subprocess.run(
@@ -264,7 +266,7 @@ def _helper(pid: int) -> Examined:
         raise ValueError(
             f"helper ended with {done.returncode}: {done.stderr[-500:].decode(errors='replace')}"
         )
-    return msgspec.json.decode(done.stdout, type=Examined)
+    return msgspec.json.decode(done.stdout, type=Stacks)
 
 
 def _release(process: Process) -> str:

@@ -15,8 +15,9 @@ _THREADS_MAX = 1024
 _CALLS = {
     "x86_64": {
         0: "read", 1: "write", 7: "poll", 9: "mmap", 16: "ioctl", 23: "select", 24: "sched_yield",
-        34: "pause", 35: "nanosleep", 45: "recvfrom", 47: "recvmsg", 61: "wait4", 202: "futex", 230: "clock_nanosleep",
-        232: "epoll_wait", 247: "waitid", 257: "openat", 270: "pselect6", 271: "ppoll", 281: "epoll_pwait",
+        34: "pause", 35: "nanosleep", 45: "recvfrom", 47: "recvmsg", 61: "wait4", 202: "futex",
+        230: "clock_nanosleep", 232: "epoll_wait", 247: "waitid", 257: "openat", 270: "pselect6",
+        271: "ppoll", 281: "epoll_pwait",
     },
     "aarch64": {
         22: "epoll_pwait", 29: "ioctl", 56: "openat", 63: "read", 64: "write", 72: "pselect6", 73: "ppoll",

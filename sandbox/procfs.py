@@ -7,15 +7,13 @@ kernel's (no bytes), not a fault.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 _MAPS_MAX = 65_536  # the kernel's own default limit, vm.max_map_count, is 65530
 
 
-@dataclass(frozen=True, slots=True)
-class Map:
+class Map(NamedTuple):
     """One line of /proc/PID/maps; ``start``, ``end`` and ``offset`` are in bytes."""
 
     start: int
@@ -37,7 +35,9 @@ def read_maps(pid: int) -> list[Map]:
             span, perms, offset, _, _, *path = line.split(None, 5)
             start, end = span.split("-")
             maps.append(
-                Map(int(start, 16), int(end, 16), perms, int(offset, 16), path[0].rstrip("\n") if path else "")
+                Map(
+                    int(start, 16), int(end, 16), perms, int(offset, 16), path[0].rstrip("\n") if path else ""
+                )
             )
     return maps
 

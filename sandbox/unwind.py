@@ -5,97 +5,126 @@ A corrupt target can crash or stall an unwinder; the supervisor only reads the J
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
+import itertools
 import signal
 import sys
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import NoteSection
 
 from crumplezone.reports.schema import Frame, Thread
-from crumplezone.sandbox.procfs import Map, find_map, read_maps
+from crumplezone.sandbox.elf import read_elf, read_symbols
+from crumplezone.sandbox.procfs import Map, find_map, read_at, read_maps
 
-_FRAMES_MAX = 128
+_FRAMES_MAX, _OUTER_FRAMES = 128, 32
+_UNKNOWN = {"??", "???"}  # as pystack calls what has no name
+# What a signal handler returns to: mov $15,%rax; syscall (glibc, x86-64); mov x8,#139; svc #0 (vDSO, arm64).
+_TRAMPOLINES = (bytes.fromhex("48c7c00f0000000f05"), bytes.fromhex("681180d2010000d4"))
 _PR_SET_PDEATHSIG = 1
 
 
 class Stacks(msgspec.Struct, frozen=True):
-    """What the helper prints."""
+    """What the helper prints. ``build_ids``: of every mapped ELF file that has one, by path."""
 
     threads: list[Thread]
+    build_ids: dict[str, str] = {}
     error: str = ""
+    missing: bool = False  # there is no pystack here
 
 
-@functools.cache
-def _elf(path: str) -> tuple[str, tuple[tuple[int, int, int], ...]]:
-    """Build-id and (file offset, size, virtual address) of the loadable segments of an ELF file."""
-    try:
-        with open(path, "rb") as file:
-            elf = ELFFile(file)
-            loads = tuple((s["p_offset"], s["p_filesz"], s["p_vaddr"]) for s in elf.iter_segments("PT_LOAD"))
-            for section in elf.iter_sections():
-                if isinstance(section, NoteSection):
-                    for note in section.iter_notes():
-                        if note["n_type"] == "NT_GNU_BUILD_ID":
-                            return str(note["n_desc"]), loads
-            return "", loads
-    except (OSError, ELFError):
-        return "", ()
+def _demangled(name: str) -> str:
+    with contextlib.suppress(OSError):  # no libstdc++
+        demangle = ctypes.CDLL("libstdc++.so.6")["__cxa_demangle"]
+        demangle.restype = ctypes.c_char_p
+        return (demangle(name.encode(), None, None, None) or name.encode()).decode()
+    return name
 
 
-def _native(frame: Any, maps: list[Map]) -> Frame:
+def _interrupted(frames: list[Any], mem: BinaryIO) -> set[int]:
+    """Addresses of the frames that wait for no call to return: the innermost, and those around a signal."""
+    found = {frame.address for frame in frames[:1]}
+    for inner, outer in itertools.pairwise(frames):
+        if read_at(mem, inner.address, 9).startswith(_TRAMPOLINES):
+            found |= {inner.address, outer.address}
+    return found
+
+
+def _native(frame: Any, maps: list[Map], *, called: bool) -> Frame:
+    symbol, file = ("" if text in _UNKNOWN else text for text in (frame.symbol, frame.path))
     within = find_map(maps, frame.address)
-    if within is None or not within.path.startswith("/"):
-        module = within.path if within else ""
-        return Frame(symbol=frame.symbol, module=module, offset=hex(frame.address))
-    build_id, loads = _elf(within.path)
-    offset = frame.address - within.start + within.offset
-    for at, size, address in loads:
-        if at <= offset < at + size:
-            offset += address - at
-            break
+    if within is None or not within.path.startswith("/"):  # "[vdso]", memory of no file, nowhere
+        return Frame(symbol=symbol, module=within.path if within else "", offset=hex(frame.address))
+    elf = read_elf(within.path)
+    offset = elf.address(frame.address - within.start + within.offset)
+    # pystack looks up the address that a call returns to. A call that never returns (abort, throw) can be
+    # its function's last instruction: the address is then the first of another function.
+    if called and not symbol.endswith("(inlined)") and (symbols := read_symbols(within.path)).begins(offset):
+        symbol = _demangled(symbols.function(offset - 1))
     return Frame(
-        symbol="" if frame.symbol in {"???", "??"} else frame.symbol,
+        symbol=symbol,
         module=within.path,
-        build_id=build_id,
+        build_id=elf.build_id,
         offset=hex(offset),
-        file="" if frame.path in {"???", "??"} else frame.path,
+        file=file,
         line=max(frame.linenumber, 0),
     )
 
 
-def unwind(pid: int) -> list[Thread]:
-    """Stacks of every thread, innermost frame first."""
+def _both_ends(frames: list[Frame]) -> list[Frame]:
+    """Innermost and outermost frames: of a stack overflow, where it ended and who began it."""
+    if len(frames) <= _FRAMES_MAX:
+        return frames
+    left_out = Frame(symbol=f"({len(frames) - _FRAMES_MAX + 1} frames left out)")
+    return [*frames[: _FRAMES_MAX - _OUTER_FRAMES - 1], left_out, *frames[-_OUTER_FRAMES:]]
+
+
+def _thread(thread: Any, maps: list[Map], mem: BinaryIO) -> Thread:
+    frames = list(reversed(thread.native_frames))
+    exact = _interrupted(frames, mem)
+    native = [_native(frame, maps, called=frame.address not in exact) for frame in frames]
+    python = [
+        Frame(symbol=f.code.scope, file=f.code.filename, line=f.code.location.lineno) for f in thread.frames
+    ]
+    python.reverse()
+    return Thread(thread.tid, thread.name or "", native=_both_ends(native), python=_both_ends(python))
+
+
+def unwind(pid: int, maps: list[Map]) -> list[Thread]:
+    """Stacks of every thread, innermost frame first.
+
+    Raises:
+        ImportError: There is no pystack.
+        Exception: Whatever pystack raises.
+    """
     from pystack.engine import NativeReportingMode, get_process_threads
 
-    maps = read_maps(pid)
-    found = []
-    for thread in get_process_threads(pid, stop_process=True, native_mode=NativeReportingMode.ALL):
-        native = [_native(frame, maps) for frame in reversed(thread.native_frames)]
-        python = [
-            Frame(symbol=f.code.scope, file=f.code.filename, line=f.code.location.lineno)
-            for f in thread.frames
-        ]
-        python.reverse()
-        found.append(
-            Thread(thread.tid, thread.name or "", native=native[:_FRAMES_MAX], python=python[:_FRAMES_MAX])
-        )
-    return found
+    found = get_process_threads(pid, stop_process=True, native_mode=NativeReportingMode.ALL)
+    with open(f"/proc/{pid}/mem", "rb", 0) as mem:
+        return [_thread(thread, maps, mem) for thread in found]
+
+
+def examine(pid: int) -> Stacks:
+    """All that can be had, and what went wrong."""
+    maps: list[Map] = []
+    build_ids: dict[str, str] = {}
+    try:
+        maps = read_maps(pid)
+        paths = sorted({m.path for m in maps if m.path.startswith("/")})
+        build_ids = {path: found for path in paths if (found := read_elf(path).build_id)}
+        return Stacks(unwind(pid, maps), build_ids)
+    except ImportError:
+        return Stacks([], build_ids, "pystack is not installed: pip install pystack", missing=True)
+    except Exception as error:  # noqa: BLE001 - whatever fails here is a line of the report's provenance
+        return Stacks([], build_ids, f"{type(error).__name__}: {error}")
 
 
 def main() -> None:
-    """Print the stacks of the process named on the command line as JSON."""
+    """Print what can be found out about the process named on the command line, as JSON."""
     # The thread that spawned us waits for us, so here its death is the supervisor's.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        stacks = Stacks(unwind(int(sys.argv[1])))
-    except Exception as error:  # noqa: BLE001 - whatever fails here is a line of the report's provenance
-        stacks = Stacks([], f"{type(error).__name__}: {error}")
-    sys.stdout.buffer.write(msgspec.json.encode(stacks))
+    sys.stdout.buffer.write(msgspec.json.encode(examine(int(sys.argv[1]))))
 
 
 if __name__ == "__main__":

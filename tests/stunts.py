@@ -17,6 +17,7 @@ import msgspec
 
 from crumplezone.sandbox.channel import LogLine
 from crumplezone.sandbox.child import Room
+from tests import refuse
 
 
 class Config(msgspec.Struct):
@@ -41,6 +42,11 @@ class Echo(msgspec.Struct):
 
 def _segv() -> None:
     ctypes.memset(0x18, 1, 1)
+
+
+def _undumpable_segv() -> None:
+    refuse.being_read()
+    _segv()
 
 
 def _fpe() -> None:
@@ -146,6 +152,10 @@ class Double:
         return Info(os.getpid())
 
     def handle(self, request: Stunt) -> Echo:
+        with self._room.recorder.phase("stunt", request.amount):
+            return self._perform(request)
+
+    def _perform(self, request: Stunt) -> Echo:
         name = request.name
         if name == "raise":
             raise ValueError("refused on demand")

@@ -55,7 +55,7 @@ def test_demo_survives_a_real_crash(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "SIGSEGV" in done.stdout
     assert "cured by the rung safe" in done.stdout
-    (report,) = (tmp_path / "reports").iterdir()
+    (report,) = (tmp_path / "reports").glob("[!.]*")
     assert str(report) in done.stdout
     listed = crumplezone("triage", "list", cwd=tmp_path)
     assert report.name in listed.stdout

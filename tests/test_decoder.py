@@ -74,9 +74,9 @@ def dose(monkeypatch: pytest.MonkeyPatch) -> Dose:
 def reports_of(decoder: Decoder, store: Store) -> list[Report]:
     """Oldest first."""
     decoder.flush_reports()
-    entries = store.list()
-    assert [entry.problem for entry in entries if entry.report is None] == []
-    return sorted((e.report for e in entries if e.report), key=lambda report: report.crashed_at)
+    rows = store.rows()
+    assert [row.problem for row in rows if row.problem] == []
+    return [store.read(row.id) for row in reversed(rows)]
 
 
 def crashed_stack(report: Report) -> str:
@@ -109,7 +109,7 @@ def test_native_equals_one_sequence_at_a_time(smollm: Path, make: Open, store: S
             assert_equal_logits(result, reference)
             assert {result.rung(i) for i in result.seq_ids} == {Rung.NATIVE}
             assert {reference.rung(i) for i in reference.seq_ids} == {Rung.SAFE}
-    assert store.list() == []
+    assert store.rows() == []
 
 
 def test_generate_equals_one_prompt_at_a_time(smollm: Path, make: Open) -> None:
@@ -160,7 +160,7 @@ def test_encode_on_a_decoder_only_model(smollm: Path, make: Open, store: Store) 
     careful = make(smollm, 2).encode(batch)
     assert "no encoder" in careful.note
     assert careful.reports == []
-    assert store.list() == []
+    assert store.rows() == []
 
     decoder = make(smollm, 2, preflight=False)
     bold = decoder.encode(batch)
@@ -203,7 +203,7 @@ def test_more_tokens_than_n_batch(tiny: Path, make: Open, store: Store) -> None:
     careful = make(tiny, 2, n_batch=32).decode(batch)
     assert "n_batch is 32" in careful.note
     assert_equal_logits(careful, reference)
-    assert store.list() == []
+    assert store.rows() == []
 
     decoder = make(tiny, 2, n_batch=32, preflight=False)
     bold = decoder.decode(batch)
@@ -244,7 +244,7 @@ def test_without_fallback_preflight_refuses_and_nothing_crashes(tiny: Path, make
     with pytest.raises(BatchError, match="no encoder") as caught:
         decoder.encode(Batch.of([[1, 2]]))
     assert caught.value.report is None
-    assert store.list() == []
+    assert store.rows() == []
 
 
 # --- blame
@@ -298,7 +298,7 @@ def test_a_crash_in_a_safe_processor(tiny: Path, store: Store, dose: Dose) -> No
         result = safe.decode(Batch.of([[4, 5], [99]]))
     assert list(result.errors) == [1]
     assert result.rung(0) == Rung.SAFE
-    assert [e.report.rung for e in store.list() if e.report] == ["token", "safe"]
+    assert [store.read(row.id).rung for row in store.rows()] == ["token", "safe"]
 
 
 PROMPTS = [f"{letter}bc and {n} more" for n, letter in enumerate("abcdefgh")]
@@ -444,7 +444,7 @@ def test_bad_models_are_named(kind: str, tmp_path: Path, store: Store) -> None:
     assert str(path) in str(caught.value)
     assert caught.value.report is None
     assert psutil.Process().children(recursive=True) == []
-    assert store.list() == []
+    assert store.rows() == []
 
 
 def test_a_model_that_kills_its_loader(tmp_path: Path, store: Store) -> None:
@@ -482,7 +482,7 @@ def test_bad_batches_are_refused_and_cost_nothing(tiny: Path, make: Open, store:
                 work(batch)
     assert decoder.decode(Batch.of([[1] * 256, [2]])).rung(0) == Rung.NATIVE
     assert decoder.pid == pid
-    assert store.list() == []
+    assert store.rows() == []
 
 
 def test_a_prompt_is_not_blamed_for_a_cell_that_was_killed_before_it(tiny: Path, make: Open) -> None:

@@ -47,6 +47,7 @@ class Decoder:
         deadline: Seconds until a native call counts as hung, or None.
         memory_limit: Bytes of resident memory above which a cell is killed, or None.
         reports: The report store; None for ``$CRUMPLEZONE_REPORTS`` or the XDG state directory.
+        redact: Keep token ids, prompt text and paths out of the reports (hashes and base names instead).
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -68,6 +69,7 @@ class Decoder:
         deadline: float | None = 300.0,
         memory_limit: int | None = None,
         reports: str | Path | None = None,
+        redact: bool = False,
     ) -> None:
         check_integer("n_seq_max", n_seq_max, 1, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
         check_integer("n_ctx", n_ctx, 0, _INT32_MAX)
@@ -96,7 +98,7 @@ class Decoder:
         self._closed = False
         self._running: Generator[Completion, None, None] | None = None
         self._preflight_on = preflight
-        self._reporter = Reporter(Path(reports) if reports else default_directory())
+        self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
         limits = Limits(deadline, memory_limit)
         self._native = Runner(config, limits, self._reporter)
         self._descent = Descent(config, limits, self._reporter) if safe_fallback else None

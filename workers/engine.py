@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _PIECE_MAX = 4096
 
 
+class NonFiniteError(Exception):
+    """The logits of a sequence hold NaN or infinity: no token can be drawn from them."""
+
+
 @dataclass
 class _Sequence:
     join: Join
@@ -83,6 +87,20 @@ class Engine:
         return Generated(rc, progress)
 
     def _step(self, batch: list[npt.NDArray[Any]], active: list[_Sequence]) -> int:
+        recorder = self._cell.recorder
+        with recorder.phase("build", len(active)):
+            used, ready = self._build(batch, active)
+        rc = self._cell.run(batch, 0, used)
+        if rc == 0:
+            with recorder.phase("sample", len(ready)):
+                for sequence, index in ready:
+                    self._take(sequence, index)
+        return rc
+
+    def _build(
+        self, batch: list[npt.NDArray[Any]], active: list[_Sequence]
+    ) -> tuple[int, list[tuple[_Sequence, int]]]:
+        """Fill the batch; returns how much of it is used, and whose next token comes from which output."""
         tokens, positions, seq_ids, outputs, n_seq_id, _ = batch
         n_seq_id[:] = 0  # `run` sets it for what it sends: after a crash, this is what says how much that was
         capacity, used = len(tokens), 0
@@ -101,17 +119,15 @@ class Engine:
             if n and not len(sequence.pending):
                 outputs[end - 1] = 1
                 ready.append((sequence, end - 1))
-        rc = self._cell.run(batch, 0, used)
-        if rc == 0:
-            for sequence, index in ready:
-                self._take(sequence, index)
-        return rc
+        return used, ready
 
     def _take(self, sequence: _Sequence, index: int) -> None:
         """Sample the next token of a sequence, and see whether it has finished."""
         pointer = C.llama_get_logits_ith(self._cell.context, index)
         logits = np.ctypeslib.as_array(pointer, (self._cell.info().n_vocab,))
         join = sequence.join
+        if not np.isfinite(logits).all():
+            raise NonFiniteError(f"NaN or infinity in the logits after position {sequence.position - 1}")
         token = sample(logits, join.temperature, join.seed, sequence.position)
         if C.llama_vocab_is_eog(self._cell.vocab, token):
             sequence.finished = "stop"

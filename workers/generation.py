@@ -149,7 +149,8 @@ class Generation:
         case = Case()
         indices = [running.index for running in self._running.values()]
         if isinstance(error, CellDied):
-            self._reporter.add(case, error.incident, Rung.NATIVE, self._native.last_batch(chunk))
+            joins = [running.join(seq_id, self._sampling) for seq_id, running in self._running.items()]
+            self._reporter.add(case, error.incident, Rung.NATIVE, self._native.last_batch(chunk, joins))
             case.step(Rung.NATIVE, Outcome.CRASHED, indices, str(error), ms)
         else:
             case.step(Rung.NATIVE, Outcome.REFUSED, indices, str(error), ms)
@@ -170,19 +171,17 @@ class Generation:
         if self._descent is None:
             problem = CrumplezoneError(f"prompt {running.index}: {native_error}; safe_fallback is off")
             return running.done("error", Rung.NATIVE, problem, paths)
-        chunks: list[int] = []
 
         def work(runner: Runner, chunk: int) -> str:
-            chunks.append(chunk)
             joins, reason = [running.join(0, self._sampling)], ""
             while not reason:
                 generated = runner.generate(joins, STEPS, chunk, reset=bool(joins))
                 reason, joins = running.take(generated.progress[0]), []
             return reason
 
-        def batch() -> BatchRecord:
+        def batch(chunk: int) -> BatchRecord:
             assert self._descent is not None
-            return self._descent.runner.last_batch(chunks[-1])
+            return self._descent.runner.last_batch(chunk, [running.join(0, self._sampling)])
 
         reason, rung, error = self._descent.attempt(running.index, case, work, batch)
         paths = tuple(case.reports)

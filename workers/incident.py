@@ -6,18 +6,29 @@ import datetime as dt
 import functools
 import importlib.metadata
 import logging
+import os
 import platform
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
+from crumplezone.errors import ReportError
 from crumplezone.reports import text
+from crumplezone.reports.redact import VARIABLES, redact, redaction_key
+from crumplezone.reports.retention import DEFAULT_RETENTION
 from crumplezone.reports.schema import BatchRecord, Environment, LadderStep, Outcome, Report
+from crumplezone.reports.signature import sign
 from crumplezone.reports.store import Store, new_id
+from crumplezone.reports.storm import Storm
+from crumplezone.reports.verdict import from_ladder
 from crumplezone.sandbox.cell import Incident
 from crumplezone.workers import model
 from crumplezone.workers.protocol import CellConfig, CellInfo
+
+_PRUNE_EVERY = 64  # reports
 
 _log = logging.getLogger("crumplezone")
 
@@ -28,6 +39,7 @@ class _Crash:
     incident: Incident
     rung: str
     batch: BatchRecord | None
+    config: CellConfig | None
     path: str
 
 
@@ -78,26 +90,46 @@ def environment(info: CellInfo | None) -> Environment:
         "python": platform.python_version(),
         "kernel": platform.release(),
     }
-    return Environment(versions, cpu, flags, info.system_info if info else "")
+    variables = {name: value for name, value in os.environ.items() if VARIABLES.fullmatch(name)}
+    return Environment(versions, cpu, flags, info.system_info if info else "", variables)
 
 
 class Reporter:
-    """Writes reports on a thread of its own, in order.
+    """Writes reports on a thread of its own, in order, signed and with the ladder's verdict.
 
     Args:
         directory: The report store.
+        redacted: Whether to keep tokens, prompt text and paths out of the reports.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, redacted: bool = False) -> None:
         self.store = Store(directory)
+        self._redacted = redacted
+        self._storm = Storm()
+        self._written = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reporter")
         self._pending: list[Future[None]] = []
 
-    def add(self, case: Case, incident: Incident, rung: str, batch: BatchRecord | None) -> str:
-        """Note a crash in a case; returns where its report will be."""
+    def add(
+        self,
+        case: Case,
+        incident: Incident,
+        rung: str,
+        batch: BatchRecord | None,
+        config: CellConfig | None = None,
+    ) -> str:
+        """Note a crash in a case; returns where its report will be.
+
+        Args:
+            case: The job.
+            incident: The crash.
+            rung: That crashed.
+            batch: What it was decoding.
+            config: Of the cell that crashed; None: the case's, as given to `file`.
+        """
         report_id = new_id(incident.crashed_at)
         path = str(self.store.path(report_id))
-        case.crashes.append(_Crash(report_id, incident, rung, batch, path))
+        case.crashes.append(_Crash(report_id, incident, rung, batch, config, path))
         return path
 
     def file_lone(
@@ -119,7 +151,10 @@ class Reporter:
     def file(self, case: Case, config: CellConfig, info: CellInfo | None) -> None:
         """Hand a finished case over to be written."""
         self._pending = [future for future in self._pending if not future.done()]
-        self._pending += [self._pool.submit(self._write, crash, case, config, info) for crash in case.crashes]
+        self._pending += [
+            self._pool.submit(self._write, crash, case, crash.config or config, info)
+            for crash in case.crashes
+        ]
 
     def flush(self) -> None:
         """Wait until every report handed over is on disk (or its failure was logged)."""
@@ -131,24 +166,41 @@ class Reporter:
         self._pool.shutdown(wait=True)
 
     def _write(self, crash: _Crash, case: Case, config: CellConfig, info: CellInfo | None) -> None:
-        context = {name: getattr(config, name) for name in config.__struct_fields__ if name != "model"}
         try:
-            report = Report(
-                id=crash.id,
-                crashed_at=crash.incident.crashed_at.isoformat(),
-                written_at=dt.datetime.now(dt.UTC).isoformat(),
-                evidence=crash.incident.evidence.result(),
-                rung=crash.rung,
-                batch=crash.batch,
-                context=context | {"kv_unified": False},
-                model=model.describe(config.model, info.description if info else ""),
-                environment=environment(info),
-                ladder=case.steps,
-                result=case.result,
-                blamed=case.blamed,
-                caller=crash.incident.caller,
-            )
+            report = self._storm.admit(self._finish(_compose(crash, case, config, info)))
             path = self.store.write(report, text.render(report))
             _log.warning("%s Report: %s", text.summary(report), path)
+            if self._written % _PRUNE_EVERY == 0:
+                self._prune()
+            self._written += 1
         except Exception as error:  # noqa: BLE001 - a report that fails must not fail the job
             _log.error("the report of crash %s could not be written: %s", crash.id, error)
+
+    def _finish(self, report: Report) -> Report:
+        report = msgspec.structs.replace(report, signature=sign(report), verdict=from_ladder(report))
+        return redact(report, redaction_key(self.store.directory)) if self._redacted else report
+
+    def _prune(self) -> None:
+        try:
+            self.store.prune(DEFAULT_RETENTION)
+        except ReportError as error:  # another process is pruning, or may not
+            _log.debug("the store was not pruned: %s", error)
+
+
+def _compose(crash: _Crash, case: Case, config: CellConfig, info: CellInfo | None) -> Report:
+    context = {name: getattr(config, name) for name in config.__struct_fields__ if name != "model"}
+    return Report(
+        id=crash.id,
+        crashed_at=crash.incident.crashed_at.isoformat(),
+        written_at=dt.datetime.now(dt.UTC).isoformat(),
+        evidence=crash.incident.evidence.result(),
+        rung=crash.rung,
+        batch=crash.batch,
+        context=context | {"kv_unified": False},
+        model=model.describe(config.model, info.description if info else ""),
+        environment=environment(info),
+        ladder=case.steps,
+        result=case.result,
+        blamed=case.blamed,
+        caller=crash.incident.caller,
+    )

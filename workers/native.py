@@ -98,12 +98,14 @@ class LlamaCell:
 
     def __init__(self, config: msgspec.Raw, room: Room) -> None:
         self.config = msgspec.msgpack.decode(config, type=CellConfig)
-        self._arena = room.arena
+        self._arena, self.recorder = room.arena, room.recorder
         self._voices = Voices(room)
         C.llama_backend_init()
-        self.model = self._load_model()
+        with self.recorder.phase("load"):
+            self.model = self._load_model()
         self.vocab = C.llama_model_get_vocab(self.model)
-        self.context = self._make_context()
+        with self.recorder.phase("context", self.config.n_ctx):
+            self.context = self._make_context()
         self.memory = C.llama_get_memory(self.context)
         self._info = self._describe()
         self._engine = Engine(self)
@@ -182,27 +184,31 @@ class LlamaCell:
         batch.n_seq_id = ctypes.cast(n_seq_id.ctypes.data + 4 * begin, _INT32)
         batch.seq_id = ctypes.cast(pointers.ctypes.data + 8 * begin, ctypes.POINTER(_INT32))
         batch.logits = ctypes.cast(outputs.ctypes.data + begin, _INT8)
-        call = C.llama_encode if encode else C.llama_decode
-        return int(call(self.context, batch))
+        name, call = ("encode", C.llama_encode) if encode else ("decode", C.llama_decode)
+        with self.recorder.phase(name, end - begin):
+            return int(call(self.context, batch))
 
     def _decode(self, request: Decode) -> int:
-        shapes = batch_shapes(request.n_tokens)
-        *batch, logits, embeddings = self._arena.arrays([*shapes, *row_shapes(request, self._info)])
-        wanted = batch[3].copy()
-        C.llama_set_embeddings(self.context, request.embeddings)
-        if request.embeddings:  # llama.cpp then insists on every token being an output, and warns
-            batch[3][:] = 1
-        self.clear()
+        with self.recorder.phase("build", request.n_tokens):
+            shapes = batch_shapes(request.n_tokens)
+            *batch, logits, embeddings = self._arena.arrays([*shapes, *row_shapes(request, self._info)])
+            wanted = batch[3].copy()
+            C.llama_set_embeddings(self.context, request.embeddings)
+            if request.embeddings:  # llama.cpp then insists on every token being an output, and warns
+                batch[3][:] = 1
+            self.clear()
         n_tokens, chunk, row = request.n_tokens, request.chunk or request.n_tokens, 0
         for begin in range(0, n_tokens, chunk):
             end = min(begin + chunk, n_tokens)
             rc = self.run(batch, begin, end, encode=request.encode)
             if rc:
                 return rc
-            for i in np.flatnonzero(wanted[begin:end]).tolist():
-                self._copy(C.llama_get_logits_ith, i, logits, row, self._info.n_vocab)
-                self._copy(C.llama_get_embeddings_ith, i, embeddings, row, self._info.n_embd)
-                row += 1
+            outputs = np.flatnonzero(wanted[begin:end]).tolist()
+            with self.recorder.phase("copy", len(outputs)):
+                for i in outputs:
+                    self._copy(C.llama_get_logits_ith, i, logits, row, self._info.n_vocab)
+                    self._copy(C.llama_get_embeddings_ith, i, embeddings, row, self._info.n_embd)
+                    row += 1
         return 0
 
     def _copy(self, get: Any, index: int, into: npt.NDArray[Any], row: int, width: int) -> None:
@@ -218,7 +224,8 @@ class LlamaCell:
         raw = text.tobytes()
         size = n_bytes + 16  # at most one token a byte, and the special ones
         tokens = (C.llama_token * size)()
-        n_tokens = C.llama_tokenize(self.vocab, raw, len(raw), tokens, size, True, True)
+        with self.recorder.phase("tokenize", len(raw)):
+            n_tokens = C.llama_tokenize(self.vocab, raw, len(raw), tokens, size, True, True)
         if n_tokens < 0:
             raise RuntimeError(f"llama_tokenize wants room for {-n_tokens} tokens")
         (room,) = self._arena.arrays([("i4", n_tokens)])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, ModelError, UsageError
 from crumplezone.reports import text
-from crumplezone.reports.schema import BatchRecord, Evidence, Report
+from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Generating, Report
 from crumplezone.sandbox.cell import Cell, CellSpec
 from crumplezone.workers.batch import Entry
 from crumplezone.workers.incident import Reporter
@@ -27,6 +28,8 @@ from crumplezone.workers.protocol import (
     batch_shapes,
     row_shapes,
 )
+
+Column = npt.NDArray[Any] | list[int] | list[bool]
 
 TARGET = "crumplezone.workers.native:LlamaCell"
 RC_MEANING = {
@@ -77,11 +80,13 @@ class Runner:
     Args:
         config: Model and context.
         limits: Of every call and every cell.
-        reporter: Where a crash of the loader is reported.
+        reporter: Where a crash of the loader is reported; None to raise it as it is.
         target: What the cell runs.
     """
 
-    def __init__(self, config: CellConfig, limits: Limits, reporter: Reporter, target: str = TARGET) -> None:
+    def __init__(
+        self, config: CellConfig, limits: Limits, reporter: Reporter | None, target: str = TARGET
+    ) -> None:
         self.config, self._limits, self._reporter = config, limits, reporter
         self._target = target
         self._cell: Cell | None = None
@@ -116,6 +121,7 @@ class Runner:
 
         Raises:
             ModelError: The model or the context could not be made.
+            CellDied: The loader crashed, and there is no reporter.
             UsageError: It was shut.
         """
         if self._shut:
@@ -130,13 +136,15 @@ class Runner:
                     raise ModelError(self.config.model, f"llama.cpp cannot load it: {error}") from error
                 raise CrumplezoneError(f"the cell did not start: {error.kind}: {error}") from error
             except CellDied as died:
-                raise self._loader_crashed(died) from died
+                if self._reporter is None:
+                    raise
+                raise self._loader_crashed(died, self._reporter) from died
         return self._cell
 
-    def _loader_crashed(self, died: CellDied) -> ModelError:
+    def _loader_crashed(self, died: CellDied, reporter: Reporter) -> ModelError:
         result = "the model could not be loaded"
-        path = self._reporter.file_lone(died.incident, "while loading the model", result, self.config, None)
-        self._reporter.flush()
+        path = reporter.file_lone(died.incident, "while loading the model", result, self.config, None)
+        reporter.flush()
         evidence: Evidence = died.incident.evidence.result()
         what = text.summary(Report("", "", evidence, result=result))
         return ModelError(self.config.model, f"llama.cpp died while loading it. {what} Report: {path}", path)
@@ -148,22 +156,43 @@ class Runner:
             RefusedError: The return code was not 0.
             CellDied: The cell was lost.
         """
+        lengths = [len(entry.tokens) for entry in entries]
+        columns = (
+            np.concatenate([entry.tokens for entry in entries]),
+            np.concatenate([np.arange(length) for length in lengths]),
+            np.repeat([entry.seq_id for entry in entries], lengths),
+            np.concatenate([entry.outputs for entry in entries]),
+        )
+        return self.send(columns, ask, chunk)
+
+    def send(self, columns: tuple[Column, Column, Column, Column], ask: Ask, chunk: int = 0) -> Rows:
+        """`decode` a batch as it stands, be it valid or not.
+
+        Args:
+            columns: Tokens, positions, sequence ids (int32) and outputs (bool), each of shape (n,).
+            ask: What is wanted.
+            chunk: Tokens per native call; 0: all in one.
+
+        Raises:
+            RefusedError: The return code was not 0.
+            CellDied: The cell was lost.
+        """
         cell, info = self.start(), self.info
-        tokens = np.concatenate([entry.tokens for entry in entries])
-        outputs = np.concatenate([entry.outputs for entry in entries])
-        n_outputs = int(outputs.sum())
-        request = Decode(len(tokens), n_outputs, ask.logits, ask.embeddings, ask.encode, chunk)
-        shapes = [*batch_shapes(len(tokens)), *row_shapes(request, info)]
-        arena = cell.arena.arrays(shapes)
-        arena[0][:] = tokens
-        arena[1][:] = np.concatenate([np.arange(len(entry.tokens)) for entry in entries])
-        arena[2][:] = np.repeat([entry.seq_id for entry in entries], [len(entry.tokens) for entry in entries])
-        arena[3][:] = outputs
+        n_tokens, n_outputs = len(columns[0]), int(np.count_nonzero(columns[3]))
+        request = Decode(n_tokens, n_outputs, ask.logits, ask.embeddings, ask.encode, chunk)
+        arena = cell.arena.arrays([*batch_shapes(n_tokens), *row_shapes(request, info)])
+        for room, column in zip(arena, columns, strict=False):
+            room[:] = column
         self._check(cell.call(request, Decoded, self._limits.deadline).rc)
-        return Rows(
+        rows = Rows(
             arena[6].reshape(n_outputs, info.n_vocab).copy() if ask.logits else None,
             arena[7].reshape(n_outputs, info.n_embd).copy() if ask.embeddings else None,
         )
+        for name, each in (("logits", rows.logits), ("embeddings", rows.embeddings)):
+            if each is not None and not (finite := np.isfinite(each).all(axis=1)).all():
+                row = int(finite.argmin())
+                raise cell.condemn(Exit.NON_FINITE, f"NaN or infinity in the {name} of output {row}")
+        return rows
 
     def tokenize(self, prompt: str) -> npt.NDArray[np.int32]:
         """Token ids of a prompt, int32, with the model's special tokens.
@@ -206,14 +235,24 @@ class Runner:
         ):
             room[:] = tokens
         request = Generate([join for join, _ in joins], steps, chunk, reset)
-        generated = cell.call(request, Generated, self._limits.deadline)
+        try:
+            generated = cell.call(request, Generated, self._limits.deadline)
+        except CellRefused as refused:
+            if refused.kind == "NonFiniteError":
+                raise cell.condemn(Exit.NON_FINITE, str(refused)) from refused
+            raise
         self._check(generated.rc)
         if not generated.progress:
             raise CellRefused("Generate", "no sequence moved")
         return generated
 
-    def last_batch(self, chunk: int) -> BatchRecord:
-        """The batch of the last native call of `generate`, as it lies in the arena of a dead cell."""
+    def last_batch(self, chunk: int, joins: Sequence[tuple[Join, npt.NDArray[np.int32]]]) -> BatchRecord:
+        """The batch of the last native call of `generate`, as it lies in the arena of a dead cell.
+
+        Args:
+            chunk: Most tokens per native call.
+            joins: Every sequence in flight, as it would continue from its last delivered token.
+        """
         assert self._cell is not None
         tokens, positions, seq_ids, outputs, sent, _ = self._cell.arena.arrays(batch_shapes(chunk))
         n = int(np.count_nonzero(sent == 1))
@@ -223,6 +262,11 @@ class Runner:
             seq_ids=seq_ids[:n].tolist(),
             outputs=[bool(output) for output in outputs[:n]],
             operation="generate",
+            chunk=chunk,
+            generating=[
+                Generating(join.seq_id, known.tolist(), join.max_tokens, join.temperature, join.seed)
+                for join, known in joins
+            ],
         )
 
     def shut(self) -> None:

@@ -38,7 +38,7 @@ class Descent:
         self._reporter = reporter
 
     def attempt(
-        self, seq_id: int, case: Case, work: Callable[[Runner, int], _T], batch: Callable[[], BatchRecord]
+        self, seq_id: int, case: Case, work: Callable[[Runner, int], _T], batch: Callable[[int], BatchRecord]
     ) -> tuple[_T | None, Rung, SequenceError | None]:
         """Try one sequence on each safe rung in turn.
 
@@ -46,7 +46,7 @@ class Descent:
             seq_id: The sequence's id for its caller.
             case: The job that this belongs to.
             work: Called with the runner and the most tokens per native call.
-            batch: What was being decoded, asked only after a crash.
+            batch: Called with the same number after a crash: what was being decoded.
         """
         problem, report = "", None
         for rung, chunk in ((Rung.SAFE, self.runner.n_batch), (Rung.TOKEN, 1)):
@@ -54,7 +54,7 @@ class Descent:
             try:
                 done = work(self.runner, chunk)
             except CellDied as died:
-                report = self._reporter.add(case, died.incident, rung, batch())
+                report = self._reporter.add(case, died.incident, rung, batch(chunk), self.runner.config)
                 problem, outcome = str(died), Outcome.CRASHED
             except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
                 problem, outcome = str(refused), Outcome.REFUSED
@@ -74,7 +74,9 @@ class Descent:
             entry.seq_id,
             case,
             lambda runner, chunk: runner.decode([alone], ask, chunk),
-            lambda: record([alone], operation),
+            lambda chunk: msgspec.structs.replace(
+                record([alone], operation), chunk=chunk, embeddings=ask.embeddings
+            ),
         )
         return SequenceResult(entry, rows, rung, error)
 
@@ -89,6 +91,7 @@ class SafeBatchProcessor:
         n_threads: Threads of the cell.
         deadline: Seconds until a native call counts as hung, or None.
         reports: The report store; None for the default place.
+        redact: Keep token ids, prompt text and paths out of the reports.
 
     Raises:
         ModelError: The file cannot be a model.
@@ -103,11 +106,12 @@ class SafeBatchProcessor:
         n_threads: int = 2,
         deadline: float | None = 300.0,
         reports: str | Path | None = None,
+        redact: bool = False,
     ) -> None:
         path = Path(model).absolute()
         check_file(path)
         self._config = CellConfig(str(path), n_ctx, n_batch, min(512, n_batch), 1, n_threads)
-        self._reporter = Reporter(Path(reports) if reports else default_directory())
+        self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
         self._descent = Descent(self._config, Limits(deadline, None), self._reporter)
 
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:

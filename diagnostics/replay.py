@@ -1,0 +1,291 @@
+"""Ask a recorded crash again: the same batch in fresh cells. No report is written of what they die of."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import psutil
+
+from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, ModelError, UsageError
+from crumplezone.errors import check_integer as check
+from crumplezone.reports import schema
+from crumplezone.reports.schema import BatchRecord, Evidence, Outcome, Report, Signature, Verdict
+from crumplezone.reports.signature import sign
+from crumplezone.reports.verdict import verdict_after
+from crumplezone.workers.batch import LLAMA_MAX_SEQ
+from crumplezone.workers.generation import STEPS
+from crumplezone.workers.incident import environment
+from crumplezone.workers.model import check_file, describe
+from crumplezone.workers.protocol import CellConfig, Join
+from crumplezone.workers.runner import Ask, Limits, RefusedError, Runner
+
+RUNS_MAX = 1000
+TOKENS_MAX = 2**20
+_INT32 = (-(2**31), 2**31 - 1)
+_CONTEXT = {
+    "n_ctx": (1, 2**24),  # llama.cpp clears this much memory before it looks at anything
+    "n_batch": (1, _INT32[1]),
+    "n_ubatch": (1, _INT32[1]),
+    "n_seq_max": (1, LLAMA_MAX_SEQ),
+    "n_threads": (1, 512),
+    "n_gpu_layers": (-1, 2**20),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that is needed to do a crash again, read from a report and checked.
+
+    Attributes:
+        config: Model and context.
+        batch: What is sent; None to only load the model.
+    """
+
+    config: CellConfig
+    batch: BatchRecord | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One repetition.
+
+    Attributes:
+        outcome: ``CRASHED``, ``REFUSED`` (a return code or an error) or ``OK``.
+        detail: What it was refused with.
+        evidence: Of the crash.
+        signature: Of the crash.
+        same: Whether it is the recorded crash.
+    """
+
+    outcome: Outcome
+    detail: str = ""
+    evidence: Evidence | None = None
+    signature: Signature | None = None
+    same: bool = False
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What the repetitions showed.
+
+    Attributes:
+        replay: For the report.
+        runs: One by one.
+        verdict: Whose fault it is now known to be, or None.
+        notes: How this machine differs from where it crashed, as far as that matters.
+    """
+
+    replay: schema.Replay
+    runs: list[Run]
+    verdict: Verdict | None
+    notes: list[str]
+
+
+def replay(
+    report: Report, runs: int = 3, model: Path | None = None, deadline: float | None = 300.0
+) -> Replayed:
+    """Run a recorded batch again, each time in a fresh cell.
+
+    Args:
+        report: A crash; untrusted.
+        runs: How often.
+        model: The model file, if it is not where it was.
+        deadline: Seconds until a native call counts as hung, or None.
+
+    Raises:
+        InputError: The report holds a number that may not be sent.
+        UsageError: The report does not hold what a replay needs.
+        ModelError: The model file is missing, or cannot be loaded.
+    """
+    check("runs", runs, 1, RUNS_MAX)
+    recipe = read_recipe(report)
+    path, notes = find_model(report, model)
+    config = msgspec.structs.replace(recipe.config, model=str(path))
+    done, versions = [], environment(None).versions
+    for _ in range(runs):
+        with contextlib.closing(new_runner(config, deadline)) as runner:
+            done.append(run(runner, recipe.batch, report))
+            if recipe.batch:
+                versions = environment(runner.info).versions
+    outcomes = [each.outcome for each in done]
+    summary = schema.Replay(
+        at=dt.datetime.now(dt.UTC).isoformat(),
+        runs=runs,
+        crashed=outcomes.count(Outcome.CRASHED),
+        same=sum(each.same for each in done),
+        versions=versions,
+    )
+    verdict = verdict_after(report, summary, outcomes.count(Outcome.REFUSED))
+    return Replayed(summary, done, verdict, notes + _other_versions(report, versions))
+
+
+def new_runner(config: CellConfig, deadline: float | None) -> Runner:
+    """A runner that keeps its crashes to itself and leaves this machine the memory that others use."""
+    return Runner(config, Limits(deadline, psutil.virtual_memory().available), reporter=None)
+
+
+def run(runner: Runner, batch: BatchRecord | None, report: Report) -> Run:
+    """Send a batch once (None: load the model) and compare its crash, if it is one, with the recorded one.
+
+    Raises:
+        ModelError: The model or the context could not be made, and a batch was to be sent.
+    """
+    try:
+        if batch is None:
+            runner.start()
+        elif batch.operation == "generate":
+            _generate(runner, batch)
+        else:
+            encode = batch.operation == "encode"
+            columns = (batch.tokens, batch.positions, batch.seq_ids, batch.outputs)
+            ask = Ask(logits=not encode, embeddings=encode or batch.embeddings, encode=encode)
+            runner.send(columns, ask, batch.chunk)
+    except CellDied as died:
+        return crashed(died.incident.evidence.result(), report)
+    except (RefusedError, CellRefused) as refused:
+        return Run(Outcome.REFUSED, str(refused))
+    except CrumplezoneError as refused:
+        if batch is None:
+            return Run(Outcome.REFUSED, str(refused))
+        raise
+    return Run(Outcome.OK)
+
+
+def crashed(evidence: Evidence, report: Report) -> Run:
+    """A run that crashed. The recorded crash is signed anew: its signature may be older, or missing."""
+    signature = sign(msgspec.structs.replace(report, evidence=evidence, signature=None))
+    same = signature.id == sign(report).id
+    return Run(Outcome.CRASHED, "", evidence, signature, same)
+
+
+def native_calls(batch: BatchRecord) -> int:
+    """How many native calls a replay of `generate` makes: for what was there, and as many as were lost."""
+    n_tokens = sum(len(each.tokens) for each in batch.generating)
+    return math.ceil(n_tokens / batch.chunk) + STEPS
+
+
+def _generate(runner: Runner, batch: BatchRecord) -> None:
+    """Prefill every sequence that was in flight, and go on from its last delivered token."""
+    joins = [
+        (
+            Join(each.seq_id, len(each.tokens), each.max_tokens, each.temperature, each.seed),
+            np.array(each.tokens, np.int32),
+        )
+        for each in batch.generating
+    ]
+    running = {each.seq_id for each in batch.generating}
+    for step in range(native_calls(batch)):
+        generated = runner.generate(joins if step == 0 else [], 1, batch.chunk, reset=step == 0)
+        running -= {progress.seq_id for progress in generated.progress if progress.finished}
+        if not running:
+            return
+
+
+def read_recipe(report: Report) -> Recipe:
+    """What a report says of its batch and context, with every number in bounds.
+
+    A token or a sequence that llama.cpp does not have is no reason to refuse: it may be why it crashed.
+
+    Raises:
+        InputError: Names the first number that is out of bounds.
+        UsageError: The report does not hold what a replay needs.
+    """
+    if report.redacted:
+        raise UsageError(
+            "this report is redacted: its token ids are hashes, so its batch cannot be sent again. "
+            "Ask whoever wrote it to do so, or for a report written without redaction."
+        )
+    if report.batch is None and report.same_as:
+        raise UsageError(
+            f"this report only counts towards {report.same_as!a} (a storm): use that one instead"
+        )
+    if report.batch is None and report.evidence.phase != "start":
+        raise UsageError("this report holds no batch: its cell was not decoding, there is nothing to repeat")
+    sizes = {name: report.context.get(name) for name in _CONTEXT}
+    for name, value in sizes.items():
+        check(f"context.{name}", value, *_CONTEXT[name])
+    if report.context.get("kv_unified", False) is not False:
+        raise InputError("context.kv_unified", report.context["kv_unified"], "must be false, as in all cells")
+    config = msgspec.convert({"model": report.model.path if report.model else "", **sizes}, CellConfig)
+    if report.batch:
+        _check_batch(report.batch)
+    return Recipe(config, report.batch)
+
+
+def find_model(report: Report, model: Path | None) -> tuple[Path, list[str]]:
+    """Where the model is, and a note if it is another than the recorded one.
+
+    Raises:
+        ModelError: It is not there, or is no model.
+    """
+    record = report.model or schema.ModelRecord("")
+    if model is None and not record.path:
+        raise ModelError("(none)", "the report names no model file; --model PATH names one")
+    path = (model or Path(record.path)).absolute()
+    try:
+        check_file(path)
+    except (ModelError, OSError, ValueError) as error:  # a hostile path may hold a NUL or be too long
+        if model:
+            raise
+        problem = str(error).removeprefix(f"model {path}: ")
+        raise ModelError(str(path), f"{problem}. --model PATH names where the model is now") from error
+    found = describe(str(path), "").sha256
+    if record.sha256 and found != record.sha256:
+        return path, [f"the model is another: SHA-256 {found}, the recorded one {ascii(record.sha256)[:80]}"]
+    return path, []
+
+
+def _other_versions(report: Report, now: dict[str, str]) -> list[str]:
+    then = report.environment.versions.get("llama.cpp", "")
+    if not then or then == now["llama.cpp"]:
+        return []
+    return [f"llama.cpp is another: {now['llama.cpp']}, the recorded one {ascii(then)[:80]}"]
+
+
+def _check_batch(batch: BatchRecord) -> None:
+    if batch.operation == "generate":
+        _check_generating(batch)
+        return
+    if batch.operation not in {"decode", "encode"}:
+        raise InputError("batch.operation", batch.operation, "must be 'decode', 'encode' or 'generate'")
+    n_tokens = len(batch.tokens)
+    check("len(batch.tokens)", n_tokens, 1, TOKENS_MAX)
+    check("batch.chunk", batch.chunk, 0, TOKENS_MAX)
+    for name in ("positions", "seq_ids", "outputs"):
+        if len(getattr(batch, name)) != n_tokens:
+            limit = f"must be {n_tokens}, as there are tokens"
+            raise InputError(f"len(batch.{name})", len(getattr(batch, name)), limit)
+    for name in ("tokens", "positions", "seq_ids"):
+        _check_int32(f"batch.{name}", getattr(batch, name))
+
+
+def _check_generating(batch: BatchRecord) -> None:
+    check("len(batch.generating)", len(batch.generating), 1, LLAMA_MAX_SEQ)
+    check("batch.chunk", batch.chunk, 1, TOKENS_MAX)
+    seen = set()
+    for i, each in enumerate(batch.generating):
+        field = f"batch.generating[{i}]"
+        check(f"{field}.seq_id", each.seq_id, *_INT32)
+        if each.seq_id in seen:
+            raise InputError(f"{field}.seq_id", each.seq_id, "must not come twice")
+        seen.add(each.seq_id)
+        check(f"len({field}.tokens)", len(each.tokens), 1, TOKENS_MAX)
+        _check_int32(f"{field}.tokens", each.tokens)
+        check(f"{field}.max_tokens", each.max_tokens, 1, _INT32[1])
+        check(f"{field}.seed", each.seed, 0, 2**63 - 1)
+        if not 0 <= each.temperature <= 100:
+            raise InputError(f"{field}.temperature", each.temperature, "must be from 0 to 100")
+    check("number of tokens in batch.generating", sum(len(s.tokens) for s in batch.generating), 1, TOKENS_MAX)
+
+
+def _check_int32(field: str, values: Sequence[int]) -> None:
+    if values and not (_INT32[0] <= min(values) and max(values) <= _INT32[1]):
+        for i, value in enumerate(values):
+            check(f"{field}[{i}]", value, *_INT32, " (int32)")

@@ -1,0 +1,309 @@
+"""A recorded crash as a Python file that needs nothing but llama-cpp-python: for an upstream report.
+
+Whatever comes from the report goes into the file as a number or escaped: a hostile report can neither add a
+line nor name an encoding.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from string import Template
+
+import msgspec
+
+from crumplezone.diagnostics.replay import Run, crashed, find_model, native_calls, read_recipe
+from crumplezone.errors import CellDied, CellRefused
+from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Outcome, Report
+from crumplezone.reports.signature import sign
+from crumplezone.sandbox import script as cell
+from crumplezone.sandbox.cell import Cell, CellSpec
+from crumplezone.sandbox.classify import assertion
+from crumplezone.workers.protocol import CellConfig
+
+_WIDTH = 100
+_VALUE_MAX = 200
+_NON_FINITE = "NaN or infinity in output"
+_WIDTHS = {
+    "logits": "vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))",
+    "embeddings": "model_n_embd_out(model)",
+}
+_GGML_STDERR = re.compile(r"^[^\n]*:\d+: [^\n]+$", re.MULTILINE)
+
+_LOAD = Template("""\
+$imports
+import llama_cpp
+
+MODEL = sys.argv[1] if len(sys.argv) > 1 else $model
+
+llama_cpp.llama_backend_init()
+params = llama_cpp.llama_model_default_params()
+params.n_gpu_layers = $n_gpu_layers
+model = llama_cpp.llama_model_load_from_file(MODEL.encode(), params)
+if not model:
+    sys.exit(f"{MODEL}: llama.cpp cannot load it. Usage: {sys.argv[0]} MODEL.gguf")
+
+params = llama_cpp.llama_context_default_params()
+params.n_ctx = $n_ctx
+params.n_batch = $n_batch
+params.n_ubatch = $n_ubatch
+params.n_seq_max = $n_seq_max
+params.n_threads = params.n_threads_batch = $n_threads
+params.kv_unified = False
+params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE  # a row per token, whatever the file asks for
+context = llama_cpp.llama_init_from_model(model, params)
+if not context:
+    sys.exit("llama.cpp cannot make the context")
+""")
+
+_CALL = Template('''
+
+def $operation(rows):
+    """One native call."""
+    batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+    batch.n_tokens = len(rows)
+    for i, (token, position, seq_id, output) in enumerate(rows):
+        batch.token[i] = token
+        batch.pos[i] = position
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = seq_id
+        batch.logits[i] = output
+    rc = llama_cpp.llama_$operation(context, batch)
+    llama_cpp.llama_batch_free(batch)
+    if rc:
+        sys.exit(f"no crash: llama_$operation returned {rc}")
+$finite
+
+''')
+
+_FINITE = Template("""\
+    for i, row in enumerate(rows):
+        if row[3]:
+            values = llama_cpp.llama_get_${rows}_ith(context, i)
+            if not all(map(math.isfinite, values[:$width])):
+                sys.exit(f"$says {i}")
+""")
+
+_WHOLE = Template("""\
+# token, position, sequence, output
+BATCH = [
+$batch
+]
+
+${embeddings}$operation(BATCH)
+""")
+
+_CHUNKS = Template("""\
+# token, position, sequence, output
+BATCH = [
+$batch
+]
+CHUNK = $chunk  # tokens per native call
+
+${embeddings}for begin in range(0, len(BATCH), CHUNK):
+    $operation(BATCH[begin : begin + CHUNK])
+""")
+
+_GREEDY = '''\
+def sample(logits, seq_id):
+    """The likeliest token."""
+    return max(range(n_vocab), key=logits.__getitem__)
+
+
+'''
+
+_SAMPLED = Template('''\
+SAMPLING = {  # sequence: (temperature, seed)
+$sampling
+}
+
+
+def sample(logits, seq_id):
+    """Gumbel-max: the noise depends on seed and position alone."""
+    temperature, seed = SAMPLING[seq_id]
+    logits = np.ctypeslib.as_array(logits, (n_vocab,))
+    if temperature <= 0:
+        return int(logits.argmax())
+    random = np.random.Generator(np.random.Philox(key=seed, counter=position[seq_id]))
+    noise = -np.log(-np.log(random.random(n_vocab, dtype=np.float32) + 1e-20) + 1e-20)
+    return int((logits / np.float32(temperature) + noise).argmax())
+
+
+''')
+
+_GENERATE = Template("""\
+# The sequences that were being continued, with their tokens so far, and how many more each may get.
+SEQUENCES = {
+$sequences
+}
+LEFT = {$left}
+CHUNK = $chunk  # most tokens per native call
+
+vocab = llama_cpp.llama_model_get_vocab(model)
+n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+pending = {seq_id: list(tokens) for seq_id, tokens in SEQUENCES.items()}
+position = dict.fromkeys(SEQUENCES, 0)
+
+
+${sample}for _ in range($calls):
+    rows, ends = [], {}
+    for seq_id in sorted(pending, key=lambda seq_id: len(pending[seq_id])):
+        tokens = pending[seq_id][: CHUNK - len(rows)]
+        del pending[seq_id][: len(tokens)]
+        for token in tokens:
+            rows.append((token, position[seq_id], seq_id, 0))
+            position[seq_id] += 1
+        if tokens and not pending[seq_id]:
+            rows[-1] = (*rows[-1][:3], 1)
+            ends[seq_id] = len(rows) - 1
+    decode(rows)
+    for seq_id, row in ends.items():
+        token = sample(llama_cpp.llama_get_logits_ith(context, row), seq_id)
+        pending[seq_id] = [token]
+        LEFT[seq_id] -= 1
+        if llama_cpp.llama_vocab_is_eog(vocab, token) or not LEFT[seq_id]:
+            del pending[seq_id]
+    if not pending:
+        break
+""")
+
+
+def script(report: Report, model: Path | None = None) -> str:
+    """Write a Python file that does what crashed, with the native calls that were made.
+
+    Args:
+        report: A crash; untrusted.
+        model: The model file that the script opens by default; None: the recorded one.
+
+    Returns:
+        Its text, ASCII.
+
+    Raises:
+        InputError: The report holds a number that may not be sent.
+        UsageError: The report does not hold what it takes.
+    """
+    recipe = read_recipe(report)
+    batch = recipe.batch
+    values = {name: getattr(recipe.config, name) for name in CellConfig.__struct_fields__}
+    values["model"] = ascii(str(model) if model else recipe.config.model)
+    non_finite = batch is not None and report.evidence.exit == Exit.NON_FINITE
+    sampled = batch is not None and any(each.temperature > 0 for each in batch.generating)
+    imports = ["import math\n"] * non_finite + ["import sys\n"]
+    imports += ["\nimport numpy as np  # llama-cpp-python needs it too"] * sampled
+    text = _header(report) + "\n" + _LOAD.substitute(values, imports="".join(imports))
+    if batch is None:
+        return text + '\nprint("no crash")\n'
+    operation = "encode" if batch.operation == "encode" else "decode"
+    rows = "embeddings" if _has_embeddings(batch) else "logits"
+    width = f"llama_cpp.llama_{_WIDTHS[rows]}"
+    finite = _FINITE.substitute(rows=rows, width=width, says=_NON_FINITE) if non_finite else ""
+    text += _CALL.substitute(operation=operation, finite=finite)
+    text += _generate(batch) if batch.generating else _decode(batch, operation)
+    return text + 'print("no crash")\n'
+
+
+def check(text: str, report: Report, model: Path | None = None, deadline: float | None = 300.0) -> Run:
+    """Run a script in a cell, and compare its crash with the recorded one.
+
+    Args:
+        text: Of `script`.
+        report: The same report.
+        model: The model file, if it is not where it was.
+        deadline: Seconds until the script counts as hung, or None.
+
+    Raises:
+        ModelError: The model file is missing.
+    """
+    path, _ = find_model(report, model)
+    with tempfile.TemporaryDirectory(prefix="crumplezone-") as directory:
+        file = Path(directory) / "crash.py"
+        file.write_text(text, encoding="ascii")
+        runner = Cell(CellSpec(cell.TARGET, cell.ScriptConfig(str(file), [str(path)])))
+        try:
+            status = runner.call(cell.RunScript(), cell.Finished, deadline).status
+        except CellDied as died:
+            return crashed(_with_assertion(died.incident.evidence.result()), report)
+        except CellRefused as refused:
+            return Run(Outcome.REFUSED, f"{refused.kind}: {refused}")
+        finally:
+            runner.close()
+    if status == 0:
+        return Run(Outcome.OK)
+    same = report.evidence.exit == Exit.NON_FINITE and str(status).startswith(_NON_FINITE)
+    return Run(Outcome.REFUSED, str(status), same=same)
+
+
+def _with_assertion(evidence: Evidence) -> Evidence:
+    """A script has no abort callback: ggml writes its assertion to stderr instead."""
+    lines = _GGML_STDERR.findall(evidence.stderr_tail)
+    if evidence.exit != Exit.ABORT or evidence.assertion or not lines:
+        return evidence
+    return msgspec.structs.replace(evidence, assertion=assertion(lines[-1], ""))
+
+
+def _header(report: Report) -> str:
+    """Comments. The first two lines are ours: there, a comment can declare an encoding (PEP 263)."""
+    signature, versions, model = sign(report), report.environment.versions, report.model
+    facts: dict[str, str] = {
+        "crash": signature.title,
+        "signature": signature.id,
+        "seen": report.crashed_at,
+        "model": f"{Path(model.path).name}, SHA-256 {model.sha256 or 'unknown'}" if model else "unknown",
+        "cpu": report.environment.cpu,
+        **{name: versions[name] for name in ("llama.cpp", "python", "kernel") if name in versions},
+    }
+    lines = [
+        "# A crash of llama.cpp. This file needs nothing but llama-cpp-python:",
+        "#",
+        "#     python crash.py MODEL.gguf",
+        "#",
+        *(f"# {name + ':':<12}{_escaped(value)}" for name, value in facts.items() if value),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(value: str) -> str:
+    return value[:_VALUE_MAX].encode("unicode_escape").decode("ascii")
+
+
+def _has_embeddings(batch: BatchRecord) -> bool:
+    return batch.embeddings or batch.operation == "encode"
+
+
+def _decode(batch: BatchRecord, operation: str) -> str:
+    embeddings = _has_embeddings(batch)  # every token is an output then, as in the cell
+    columns = (batch.tokens, batch.positions, batch.seq_ids, batch.outputs)
+    rows = [f"({t}, {p}, {s}, {int(o or embeddings)})" for t, p, s, o in zip(*columns, strict=True)]
+    shape = _CHUNKS if 0 < batch.chunk < len(rows) else _WHOLE
+    return shape.substitute(
+        batch=_wrapped(rows),
+        chunk=batch.chunk,
+        operation=operation,
+        embeddings="llama_cpp.llama_set_embeddings(context, True)\n" if embeddings else "",
+    )
+
+
+def _generate(batch: BatchRecord) -> str:
+    sampled = any(each.temperature > 0 for each in batch.generating)
+    sampling = [f"    {s.seq_id}: ({float(s.temperature)!r}, {s.seed})," for s in batch.generating]
+    sequences = [f"    {s.seq_id}: [\n{_wrapped(map(str, s.tokens), 8)}\n    ]," for s in batch.generating]
+    return _GENERATE.substitute(
+        sequences="\n".join(sequences),
+        left=", ".join(f"{each.seq_id}: {each.max_tokens}" for each in batch.generating),
+        chunk=batch.chunk,
+        calls=native_calls(batch),
+        sample=_SAMPLED.substitute(sampling="\n".join(sampling)) if sampled else _GREEDY,
+    )
+
+
+def _wrapped(items: Iterable[str], indent: int = 4) -> str:
+    """Items in lines that end with commas."""
+    lines, line = [], ""
+    for item in items:
+        if line and len(line) + len(item) + 2 > _WIDTH - indent:
+            lines.append(line)
+            line = ""
+        line += f"{' ' if line else ''}{item},"
+    return "\n".join(" " * indent + line for line in [*lines, line])

@@ -1,0 +1,286 @@
+"""A report without what is private: prompts, token ids, paths and the content of memory.
+
+Redaction is an allow-list. Every field of every struct of the schema has a rule in `RULES`; a field without
+one is left out, so what is added to the schema later does not leak before somebody has thought about it.
+
+Tokens and lines of text become keyed hashes. Those of one store can be compared with each other, so batch
+shapes, repeated tokens and repeated messages stay visible; without the key they cannot be guessed, as a plain
+hash of a small integer could be.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from crumplezone.errors import ReportError
+from crumplezone.reports import files, schema
+from crumplezone.reports.schema import Report
+from crumplezone.reports.text import printable
+
+KEY_NAME = ".redaction-key"
+KEY_BYTES = 32
+
+_MAX_FOLDERS = 256
+
+_STOP = r"\s\"'`,;:=()\[\]{}<>|"  # ends a path that is not quoted
+_PATH = re.compile(
+    r"(?P<quote>[\"'])(?=(?:~|\.\.?)?/)[^\"'\n]*(?=(?P=quote))"  # quoted: it may hold spaces
+    rf"|(?<![^{_STOP}])(?:"
+    rf"(?:~|\.\.?|(?=/+[^/{_STOP}]+/))/[^{_STOP}]*"  # ~/x, ./x, ../x, /x/y
+    rf"|[^/{_STOP}]+(?:/+[^/{_STOP}]+){{2,}}/*"  # x/y/z
+    rf"|[^/{_STOP}]+/[^{_STOP}]*\.[A-Za-z][A-Za-z0-9]{{0,5}}"  # x/y.ext; x/y may be a division
+    rf")(?=[{_STOP}]|$)"
+)
+
+# Lines in which a dying process speaks of itself rather than of its input.
+_TELLING = re.compile(
+    r"""
+      (?:\S+:\d+:\ )?(?:GGML_ASSERT\(.*\)\ failed|fatal\ error)  # ggml_abort
+      # libstdc++: vterminate.cc
+    | terminate\ called\ (?:recursively|without\ an\ active\ exception|after\ throwing\ an\ instance\ of\ .*)
+    | \ \ what\(\):\ .*
+      # glibc: fortify_fail.c, malloc.c
+    | \*\*\*\ .*\ \*\*\*:\ terminated
+    | (?:double\ free\ or\ corruption|(?:free|malloc|malloc_consolidate|realloc|munmap_chunk)\(\):
+        |corrupted\ (?:size\ vs\.\ prev_size|double-linked\ list|unsorted\ chunks))[\w\ .,:!()<>/-]{0,80}
+      # CPython: faulthandler.c, traceback.c
+    | Fatal\ Python\ error:\ [\w\ ()-]{1,80}
+    | (?:Current\ thread|Thread|Stack)\ .{0,80}\(most\ recent\ call\ first\):
+    | \ \ (?:File\ ".*",\ line\ \d+\ in\ \S+|Binary\ file\ ".*",\ at\ \S+\ \[0x[0-9a-f]+\]|<.{1,80}>|\.\.\.)
+    | Extension\ modules:\ [\w.,\ ():]*
+    """,
+    re.VERBOSE,
+)
+
+VARIABLES = re.compile(
+    r"(?:CUDA|HIP|ROCR|GGML_VK)_VISIBLE_DEVICES|CUDA_LAUNCH_BLOCKING|HSA_OVERRIDE_GFX_VERSION"
+    r"|GGML_(?:BACKEND_PATH|CUDA_\w+|METAL_\w+|NO_BACKTRACE|SCHED_DEBUG)"
+    r"|OMP_\w+|GOMP_\w+|KMP_\w+|(?:MKL|OPENBLAS|BLIS)_NUM_THREADS"
+    r"|LD_LIBRARY_PATH|LD_PRELOAD|MALLOC_\w+|LANG|LC_ALL"
+)
+"""Settings of the runtimes. Others, such as LLAMA_API_KEY or HF_TOKEN, may be secrets."""
+
+
+def redact(report: Report, key: bytes) -> Report:
+    """Make a report that can be shown to strangers. One that is redacted already is returned as it is.
+
+    What stays: how the cell ended, stacks, code bytes, batch shape, context, versions, and the signature, so
+    that redacted reports group with the others. Its tokens are no token ids: it cannot be replayed.
+
+    Args:
+        report: Any report.
+        key: `KEY_BYTES` random bytes, see `redaction_key`. The same key gives the same hashes.
+    """
+    if report.redacted:
+        return report
+    return msgspec.structs.replace(_Redactor(report, key).struct(report), redacted=True)
+
+
+def redaction_key(directory: Path) -> bytes:
+    """The key of a store: random, made when it is first asked for, readable by its owner only.
+
+    Safe for several processes at once: all get the same key.
+
+    Raises:
+        ReportError: It cannot be made or read, or something else lies in its place.
+    """
+    path = directory / KEY_NAME
+    try:
+        if not path.exists():
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_key(path)
+        key, _ = files.read(path, KEY_BYTES)
+    except OSError as error:
+        raise ReportError(
+            f"the redaction key {printable(str(path))} cannot be used: {error.strerror}. "
+            "Make its directory readable and writable, or remove what lies there."
+        ) from error
+    if len(key) != KEY_BYTES:
+        raise ReportError(
+            f"the redaction key {printable(str(path))} has {len(key)} bytes, not {KEY_BYTES}. Remove it: "
+            "another is made, and its hashes differ from those of reports that were redacted before."
+        )
+    return key
+
+
+def _make_key(path: Path) -> None:
+    fresh = files.temporary(path.parent, KEY_NAME)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+        # A link, as a rename would replace the key of a writer who was faster.
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+    finally:
+        fresh.unlink()
+
+
+def shorten_paths(text: str) -> str:
+    """Replace each path in a text by its base name. ``n_tokens/n_seqs``, as in an assertion, stays."""
+    return _PATH.sub(_shorten, text)
+
+
+def _shorten(found: re.Match[str]) -> str:
+    quote = found["quote"] or ""
+    return quote + _base_name(found[0].removeprefix(quote))
+
+
+def _base_name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+
+class _Redactor:
+    """One redaction. Its public methods are the rules that `RULES` names: each takes a field's value."""
+
+    def __init__(self, report: Report, key: bytes) -> None:
+        self._key = key
+        ranges = (_range(each.start, each.end) for each in report.evidence.maps)
+        self._ranges = sorted(each for each in ranges if each)
+        self._folders = _odd_folders(report)
+
+    def struct(self, value: _Struct) -> _Struct:
+        """Rebuild a struct from the fields that have a rule."""
+        rules = RULES[type(value)].items()
+        kept = {name: getattr(self, rule)(getattr(value, name)) for name, rule in rules if rule != "drop"}
+        return type(value)(**kept)
+
+    def keep(self, value: Any) -> Any:
+        return value
+
+    def structs(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.struct(each) for each in value]
+        return value if value is None else self.struct(value)
+
+    def base(self, path: str) -> str:
+        return _base_name(path)
+
+    def text(self, text: str) -> str:
+        return shorten_paths(self._folders.sub("", text) if self._folders else text)
+
+    def texts(self, texts: list[str]) -> list[str]:
+        return [self.text(text) for text in texts]
+
+    def table(self, table: dict[str, Any]) -> dict[str, Any]:
+        return {self.text(k): self.text(v) if isinstance(v, str) else v for k, v in table.items()}
+
+    def lines(self, text: str) -> str:
+        return "\n".join(map(self._line, text.split("\n")))
+
+    def entries(self, texts: list[str]) -> list[str]:
+        return [self.lines(text) for text in texts]
+
+    def tokens(self, tokens: list[int]) -> list[int]:
+        """Positive numbers of 31 bits in the place of token ids."""
+        hashes = (int.from_bytes(self._hash("token", str(token))[:8]) for token in tokens)
+        return [number % (2**31 - 1) + 1 for number in hashes]
+
+    def addresses(self, registers: dict[str, str]) -> dict[str, str]:
+        """The registers that point into a mapping; the others may hold data."""
+        return {name: value for name, value in registers.items() if self._is_mapped(value)}
+
+    def variables(self, table: dict[str, str]) -> dict[str, str]:
+        known = {name: value for name, value in table.items() if VARIABLES.fullmatch(name)}
+        return {name: ":".join(map(_base_name, value.split(":"))) for name, value in known.items()}
+
+    def _line(self, line: str) -> str:
+        if not line or _TELLING.fullmatch(line.removesuffix("\r")):
+            return self.text(line)
+        return f"{self._hash('line', line).hex()[:12]} ({len(line)} characters)"
+
+    def _is_mapped(self, value: str) -> bool:
+        number = _number(value)
+        place = bisect.bisect_right(self._ranges, number, key=lambda each: each[0]) - 1
+        return place >= 0 and number < self._ranges[place][1]
+
+    def _hash(self, kind: str, text: str) -> bytes:
+        return hmac.digest(self._key, f"{kind}:{text}".encode("utf-8", "surrogatepass"), hashlib.sha256)
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text[:32], 16)
+    except ValueError:
+        return -1
+
+
+def _range(start: str, end: str) -> tuple[int, int] | None:
+    first, last = _number(start), _number(end)
+    return (first, last) if 0 <= first < last else None
+
+
+def _odd_folders(report: Report) -> re.Pattern[str] | None:
+    """Directories that `shorten_paths` cannot see in a text, such as those with a space in their name."""
+    evidence = report.evidence
+    stacks = [
+        report.caller,
+        *(stack for thread in evidence.threads for stack in (thread.native, thread.python)),
+    ]
+    paths = {path for stack in stacks for frame in stack for path in (frame.file, frame.module)}
+    paths |= {mapping.path for mapping in evidence.maps}
+    paths |= {found.path for found in [report.model] if found}
+    folders = {path.rpartition("/")[0] for path in paths if shorten_paths(path) != _base_name(path)}
+    longest_first = sorted(folders - {"", "."}, key=len, reverse=True)[:_MAX_FOLDERS]
+    return (
+        re.compile("|".join(rf"{re.escape(folder)}/+" for folder in longest_first)) if longest_first else None
+    )
+
+
+def _fields(**rules: str) -> dict[str, str]:
+    return {field: rule for rule, fields in rules.items() for field in fields.split()}
+
+
+RULES: dict[type[msgspec.Struct], dict[str, str]] = {
+    schema.Frame: _fields(keep="build_id offset line", base="module file", text="symbol"),
+    schema.Thread: _fields(keep="tid name crashed doing", base="pc", structs="native python"),
+    schema.Fault: _fields(
+        keep="signal name code code_name address access trap sender_pid", drop="sender_uid"
+    ),
+    schema.Assertion: _fields(keep="source line", base="file", text="text"),
+    schema.Step: _fields(keep="name ok ms", text="detail remedy"),
+    schema.Mapping: _fields(keep="start end perms offset build_id", base="path"),
+    schema.Sample: _fields(keep="ms rss cpu"),
+    schema.Phase: _fields(keep="name count ms took"),
+    schema.Evidence: _fields(
+        keep="exit pid phase returncode code_bytes memory limits peak_rss",
+        structs="fault assertion threads maps samples flight steps",
+        text="detail",
+        table="kernel_kills",
+        lines="faulthandler stderr_tail",
+        entries="log_tail",
+        addresses="registers",
+        drop="stack_bytes",
+    ),
+    schema.Generating: _fields(keep="seq_id max_tokens temperature seed", tokens="tokens"),
+    schema.BatchRecord: _fields(
+        keep="positions seq_ids outputs operation chunk embeddings", tokens="tokens", structs="generating"
+    ),
+    schema.ModelRecord: _fields(keep="size sha256 description", base="path"),
+    schema.LadderStep: _fields(keep="rung outcome sequences ms", text="detail"),
+    schema.Environment: _fields(keep="cpu cpu_flags system_info", table="versions", variables="variables"),
+    schema.Signature: _fields(keep="id fault_class confidence version", texts="key", text="title"),
+    schema.Verdict: _fields(keep="kind", text="because"),
+    schema.Replay: _fields(keep="at runs crashed same", table="versions"),
+    schema.Minimal: _fields(keep="at tests", structs="batch", table="context"),
+    schema.Report: _fields(
+        keep="id crashed_at written_at schema_version rung blamed redacted same_as",
+        structs="evidence batch model environment ladder caller signature verdict replays minimal",
+        table="context",
+        text="result",
+    ),
+}
+"""The rule of each field of the schema: a method of `_Redactor`, or "drop"."""

@@ -1,0 +1,399 @@
+"""Signatures group what is the same and part what is not; clusters join what is nearly the same."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crumplezone.diagnostics.cluster import Stack, clusters, similarity
+from crumplezone.reports import frames, signature
+from crumplezone.reports.redact import redact
+from crumplezone.reports.schema import Assertion, Evidence, Exit, Fault, Frame, Report, Thread
+from crumplezone.reports.signature import sign
+from tests.test_cell import die
+
+PID = 7
+LLAMA = "/venv/llama_cpp/lib/libllama.so.0.5.0"
+BASE = "/venv/llama_cpp/lib/libggml-base.so.0.25.3"
+CPU = "/venv/llama_cpp/lib/libggml-cpu.so"
+LIBC = "/usr/lib/x86_64-linux-gnu/libc.so.6"
+CXX = "/usr/lib/x86_64-linux-gnu/libstdc++.so.6.0.30"
+
+HANDLER = [
+    Frame("__write", LIBC, offset="0xf8350"),
+    Frame("_Py_write_impl (inlined)", "/usr/lib/libpython3.11.so.1.0", offset="0x2b7984"),
+    Frame("faulthandler_fatal_error", "/usr/lib/libpython3.11.so.1.0", offset="0x2bdf7d"),
+    Frame("__restore_rt", LIBC, offset="0x3c050"),
+]
+ABORT = [
+    *HANDLER,
+    Frame("__pthread_kill_implementation", LIBC, offset="0x8aeec"),
+    Frame("raise", LIBC, offset="0x3bfb2"),
+    Frame("abort", LIBC, offset="0x26472"),
+]
+CALLED = [
+    Frame("", "/usr/lib/x86_64-linux-gnu/libffi.so.8.1.2", offset="0x6f7a"),
+    Frame("_ctypes_callproc", "/usr/lib/_ctypes.cpython-311-x86_64-linux-gnu.so"),
+    Frame("_PyEval_EvalFrameDefault", "/usr/bin/python3.11"),
+    Frame("_start", "/usr/bin/python3.11"),
+]
+RUNTIME = [
+    *ABORT,
+    *CALLED,
+    Frame("ggml_abort", BASE),
+    Frame("gomp_thread_start", "libgomp-24e2ab19.so.1.0.0"),
+]
+RUNTIME += [
+    Frame("__cxa_throw", CXX),
+    Frame("std::vector<int>::at(unsigned long)", LLAMA),
+    Frame(offset="0x0"),
+]
+RUNTIME += [
+    Frame("???", "[stack]", offset="0x7ffe3d3b4910"),
+    Frame("clone3", LIBC),
+    Frame("__stack_chk_fail", ""),
+]
+PYTHON = [
+    Frame("encode", file="/venv/crumplezone/workers/native.py", line=7),
+    Frame("handle", file="native.py"),
+]
+
+# As pystack saw it in llama-cpp-python 0.3.36; the second function has no symbol.
+ENCODE = [
+    Frame("llama_kv_cache_context::build_input_k_idxs(ggml_context*, llama_ubatch const&) const", LLAMA),
+    Frame("", LLAMA, offset="0x21c372"),
+    Frame("llm_graph_context::build_attn_inp_kv() const", LLAMA),
+    Frame("llama_model_llama::graph<false>::graph(llama_model const&, llm_graph_params const&)", LLAMA),
+    Frame("llama_context::process_ubatch(llama_ubatch const&, llm_graph_type, ggml_status&)", LLAMA),
+    Frame("llama_context::encode(llama_batch_ext const&)", LLAMA),
+]
+DECODE = [Frame("llama_context::decode(llama_batch_ext const&)", LLAMA), Frame("llama_decode", LLAMA)]
+
+
+def report(
+    exit_kind: Exit,
+    native: list[Frame] = [],  # noqa: B006 - never changed
+    *,
+    signal: str = "",
+    assertion: Assertion | None = None,
+    python: list[Frame] = PYTHON,
+    faulthandler: str = "",
+) -> Report:
+    thread = Thread(
+        PID, "python", crashed=exit_kind in {Exit.SIGNAL, Exit.ABORT}, native=native, python=python
+    )
+    fault = Fault(11, signal) if signal else None
+    evidence = Evidence(
+        exit_kind, PID, fault=fault, assertion=assertion, threads=[thread], faulthandler=faulthandler
+    )
+    return Report("x", "", evidence)
+
+
+def segv(native: list[Frame]) -> Report:
+    return report(Exit.SIGNAL, native, signal="SIGSEGV")
+
+
+def asserting(
+    text: str, file: str = "/build/src/llama-context.cpp", source: str = "ggml", line: int = 3
+) -> Report:
+    assertion = Assertion(text, source, file, line)
+    return report(Exit.ABORT, [*ABORT, Frame("ggml_abort", BASE), *DECODE, *CALLED], assertion=assertion)
+
+
+SEGV = segv([*HANDLER, *ENCODE, *CALLED])
+EXAMPLES = {
+    "SIGSEGV in llama_kv_cache_context::build_input_k_idxs": SEGV,
+    "SIGSEGV in llm_graph_input_attn_kv::set_input": segv(
+        [Frame("llm_graph_input_attn_kv::set_input(llama_ubatch const*)", LLAMA), *ENCODE]
+    ),
+    "abort: GGML_ASSERT(n_tokens_all <= cparams.n_batch && 1) failed (llama-context.cpp)": asserting(
+        "GGML_ASSERT(n_tokens_all <= cparams.n_batch && 1) failed"
+    ),
+    "abort: terminate called after throwing an instance of 'std::out_of_range' "
+    "what(): vector::_M_range_check: __n (which is N) >= this->size() (which is N)": asserting(
+        "terminate called after throwing an instance of 'std::out_of_range'\n"
+        "  what():  vector::_M_range_check: __n (which is 18446744073709551615) >= this->size() (which is 4)",
+        "",
+        "terminate",
+    ),
+    "abort: double free or corruption (fasttop)": asserting(
+        "double free or corruption (fasttop)", "", "glibc"
+    ),
+    "abort in llama_context::decode": report(
+        Exit.ABORT,
+        [
+            *ABORT,
+            Frame("__libc_message", LIBC),
+            Frame("malloc_printerr", LIBC),
+            Frame("_int_free", LIBC),
+            *DECODE,
+        ],
+    ),
+    "hang in ggml_graph_compute_thread": report(
+        Exit.HANG,
+        [
+            Frame("gomp_team_barrier_wait_end", "/usr/lib/libgomp.so.1.0.0"),
+            Frame("ggml_graph_compute_thread.isra.0", CPU),
+        ],
+    ),
+    "oom": report(Exit.OOM, DECODE),
+    "SIGFPE in encode (native.py)": report(Exit.SIGNAL, [*HANDLER, *CALLED], signal="SIGFPE"),
+    "native_exit": report(Exit.NATIVE_EXIT, python=[]),
+}
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_the_title_names_the_crash(title: str) -> None:
+    assert sign(EXAMPLES[title]).title == title
+
+
+def test_examples_differ_and_redaction_changes_none() -> None:
+    ids = {sign(example).id for example in EXAMPLES.values()}
+    assert len(ids) == len(EXAMPLES)
+    assert {sign(redact(example, b"k" * 32)).id for example in EXAMPLES.values()} == ids
+
+
+def test_the_key_is_three_frames_that_another_build_has_too() -> None:
+    signed = sign(SEGV)
+    assert signed.key == [
+        "llama_kv_cache_context::build_input_k_idxs",
+        "llm_graph_context::build_attn_inp_kv",
+        "llama_model_llama::graph<T>::graph",
+    ]
+    assert (signed.fault_class, signed.confidence, signed.version) == ("SIGSEGV", "high", signature.VERSION)
+    other = [ENCODE[0], Frame("", LLAMA, offset="0x33333"), *ENCODE[2:]]
+    assert sign(segv(other)).id == signed.id
+    assert sign(segv(ENCODE[2:])).id != signed.id
+
+
+def test_the_class_is_part_of_the_id() -> None:
+    bare = [sign(report(kind, python=[])) for kind in Exit]
+    named = [
+        sign(report(Exit.SIGNAL, signal=name, python=[])) for name in ("SIGSEGV", "SIGBUS", "SIGRTMIN+3")
+    ]
+    assert [signed.fault_class for signed in [*bare, *named]] == [*Exit, "SIGSEGV", "SIGBUS", "SIGRTMIN+3"]
+    assert all((signed.key, signed.confidence) == ([], "low") for signed in [*bare, *named])
+    assert len({signed.id for signed in [*bare, *named]}) == len(Exit) + 3
+    assert sign(report(Exit.SIGNAL, signal="\x1b[31m")).fault_class == "signal"
+    assert sign(report(Exit.SIGNAL, DECODE, signal="SIGABRT")).id == sign(report(Exit.ABORT, DECODE)).id
+    assert sign(Report("x", "", Evidence(Exit.SIGNAL, PID, returncode=-8))).title == "SIGFPE"
+
+
+def test_an_oom_is_one_group_wherever_it_ended() -> None:
+    assert sign(report(Exit.OOM, ENCODE)).id == sign(report(Exit.OOM, DECODE)).id
+    assert sign(report(Exit.OOM, ENCODE)).confidence == "low"
+
+
+def test_a_hang_is_where_a_thread_is_stuck_in_native_code() -> None:
+    idle = Thread(1, native=[Frame("ggml_graph_compute_secondary_thread", CPU)])
+    waiting = Thread(PID, native=[Frame("futex_wait", LIBC)], python=PYTHON)
+    stuck = Thread(9, native=DECODE, python=PYTHON)
+    evidence = Evidence(Exit.HANG, PID, threads=[idle, waiting, stuck])
+    assert sign(Report("x", "", evidence)).title == "hang in llama_context::decode"
+    evidence = Evidence(Exit.HANG, PID, threads=[idle, waiting])
+    assert sign(Report("x", "", evidence)).title == "hang in encode (native.py)"
+
+
+def test_python_frames_come_from_faulthandler_too() -> None:
+    text = (
+        "Fatal Python error: Segmentation fault\n\n"
+        'Thread 0x00007f01 (most recent call first):\n  File "/app/wait.py", line 1 in wait\n\n'
+        "Current thread 0x00007f02 (most recent call first):\n"
+        '  File "/venv/crumplezone/workers/native.py", line 9 in encode\n'
+        '  File "native.py", line 1 in handle\n\n'
+        "Extension modules: numpy (total: 1)\n"
+    )
+    from_stacks = report(Exit.SIGNAL, signal="SIGSEGV")
+    from_text = report(Exit.SIGNAL, signal="SIGSEGV", python=[], faulthandler=text)
+    assert sign(from_text) == sign(from_stacks)
+    assert sign(from_text).key == ["encode (native.py)", "handle (native.py)"]
+    assert sign(from_text).confidence == "low"
+    assert sign(redact(from_text, b"k" * 32)) == sign(from_text)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            asserting("GGML_ASSERT(a < 8) failed"),
+            asserting("GGML_ASSERT(a < 8) failed", "/x/llama-context.cpp", line=9),
+        ),
+        (asserting("not implemented: 12, 0x7f00"), asserting("not implemented: 3, 0xbeef")),
+        (
+            asserting("bad tensor blk.0.attn_q in /a/b/m.gguf"),
+            asserting("bad tensor blk.27.attn_q in /c/d/m.gguf"),
+        ),
+    ],
+)
+def test_assertions_that_are_the_same(one: Report, other: Report) -> None:
+    assert sign(one).id == sign(other).id
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (asserting("GGML_ASSERT(a < 8) failed"), asserting("GGML_ASSERT(a < 16) failed")),
+        (asserting("GGML_ASSERT(a) failed"), asserting("GGML_ASSERT(a) failed", "ops.cpp")),
+        (asserting("unsupported type q4_0"), asserting("unsupported type q8_0")),
+        (asserting("double free"), report(Exit.ABORT, DECODE)),
+    ],
+)
+def test_assertions_that_differ(one: Report, other: Report) -> None:
+    assert sign(one).id != sign(other).id
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        ("llama_context::encode(llama_batch const&)", "llama_context::encode"),
+        ("ggml_is_const", "ggml_is_const"),
+        ("ggml_vec_dot_q4_0.constprop.0.cold", "ggml_vec_dot_q4_0"),
+        ("ggml_graph_compute._omp_fn.0", "ggml_graph_compute"),
+        ("f(int) [clone .part.1] [clone .cold]", "f"),
+        ("f (inlined)", "f"),
+        ("f@plt", "f"),
+        ("f@@GLIBC_2.2.5", "f"),
+        ("f+0x1f", "f"),
+        ("format[abi:cxx11](char const*, ...)", "format"),
+        ("std::vector<int> ns::make<int, g<2> >(int) const &", "ns::make<T>"),
+        ("void (anonymous namespace)::tiny<16, float>::gemm<4>(long)", "{anonymous}::tiny<T>::gemm<T>"),
+        ("f(int)::{lambda(int, float)#2}::operator()(int, float) const", "f::{lambda}::operator()"),
+        ("f(int)::$_0::operator()(int) const", "f::{lambda}::operator()"),
+        ("A::operator<(A const&) const", "A::operator<"),
+        ("A::operator<<(int)", "A::operator<<"),
+        ("non-virtual thunk to A::apply()", "A::apply"),
+        ("???", "libllama.so+0x1a2b"),
+        ("&&", "libllama.so+0x1a2b"),
+    ],
+)
+def test_a_name_is_that_of_the_source(symbol: str, name: str) -> None:
+    assert frames.name(Frame(symbol, "/x/libllama-1a2b3c4d.so.0.9.1", offset="0x0001A2B")) == name
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("/a/llama_cpp_python.libs/libggml-base-1a2b3c4d.so.0.9.1", "libggml-base.so"),
+        ("libggml-cpu-haswell.so", "libggml-cpu-haswell.so"),
+        ("/lib/libc-2.31.so", "libc.so"),
+        ("/x/_ctypes.cpython-313-x86_64-linux-gnu.so", "_ctypes.so"),
+        ("/dev/zero (deleted)", "zero"),
+        ("", ""),
+    ],
+)
+def test_a_module_is_named_alike_in_every_build(module: str, name: str) -> None:
+    assert frames.module_name(module) == name
+
+
+def test_two_runs_of_a_real_crash_have_one_signature() -> None:
+    one, two = (sign(Report(name, "", die("segv"))) for name in "ab")
+    assert one == two
+    # ctypes.memset: all of the native stack is libc, libffi and CPython.
+    assert one.title == "SIGSEGV in _segv (stunts.py)"
+
+
+# --- properties
+
+odd = st.text(st.characters(codec=None) | st.sampled_from("<>()[]{}&*:.#@+$'`~\"/ 09axo\n"), max_size=40)
+odd |= st.sampled_from(
+    ["operator", "const&", "std::" * 999, "<" * 9999, "(anonymous namespace)", "\udc80", " (deleted)"]
+)
+number = st.none() | st.integers(-100, 100) | st.just(10**5000)
+any_frame = st.builds(Frame, symbol=odd, module=odd, offset=odd | st.just("0x12"), file=odd)
+any_stack = st.lists(any_frame, max_size=6) | st.just([Frame("a<b>(c)", CPU)] * 5000)
+any_thread = st.builds(Thread, tid=st.just(PID), crashed=st.booleans(), native=any_stack, python=any_stack)
+any_evidence = st.builds(
+    Evidence,
+    exit=st.sampled_from(Exit),
+    pid=st.just(PID),
+    returncode=number,
+    fault=st.none() | st.builds(Fault, st.just(10**5000), odd),
+    assertion=st.none() | st.builds(Assertion, odd, odd, odd),
+    threads=st.lists(any_thread, max_size=3),
+    faulthandler=odd | odd.map(lambda text: f'Current thread \n  File "{text}", line 1 in {text}\n'),
+)
+
+
+@given(any_evidence)
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_report_holds_it_is_signed_the_same_twice(evidence: Evidence) -> None:
+    signed = sign(Report("a", "", evidence))
+    assert signed == sign(Report("b", "later", msgspec.structs.replace(evidence, peak_rss=1)))
+    assert len(signed.id) == 64
+    assert len(signed.key) <= 4
+    assert len(signed.title) <= 160
+    assert all(part.isprintable() and len(part) <= 512 for part in [signed.title, *signed.key])
+    msgspec.json.encode(signed)
+    assert len(signature.frames(Report("a", "", evidence))) <= 64
+
+
+@given(st.lists(st.tuples(st.integers(0, len(ENCODE)), st.sampled_from(RUNTIME)), max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_runtime_frames_anywhere_change_nothing(inserted: list[tuple[int, Frame]]) -> None:
+    stack = list(ENCODE)
+    for place, frame in inserted:
+        stack.insert(place, frame)
+    assert sign(segv(stack)) == sign(SEGV)
+
+
+names = st.sampled_from("abcdef")
+stack_of_names = st.lists(names, max_size=12)
+
+
+@given(stack_of_names, stack_of_names)
+def test_similarity_is_symmetric_and_between_0_and_1(a: list[str], b: list[str]) -> None:
+    alike = similarity(a, b)
+    assert 0 <= alike <= 1
+    assert alike == pytest.approx(similarity(b, a))
+    assert similarity(a, a) == 1
+    assert (alike == 0) == (not set(a) & set(b) and (a or b) != [])
+
+
+def test_similarity_weighs_places() -> None:
+    whole = list("abcdefgh")
+    assert similarity(whole, whole[:3]) == 1  # cut short by an unwinder
+    deep, shallow = [*whole[:7], "x"], ["x", *whole[1:]]
+    assert similarity(whole, deep) > similarity(whole, shallow)
+    assert similarity(whole, whole[1:]) == pytest.approx(0.8781, abs=1e-4)  # e^-0.13: all shifted by one
+    assert similarity(["a"] * 5000, ["a"] * 5000) == 1
+
+
+@given(
+    st.lists(st.builds(Stack, st.sampled_from(["SIGSEGV", "abort"]), stack_of_names.map(tuple)), max_size=25)
+)
+@settings(max_examples=60, deadline=None)
+def test_clusters_part_the_stacks_and_never_mix(items: list[Stack]) -> None:
+    found = clusters(items)
+    assert sorted(index for cluster in found for index in cluster) == list(range(len(items)))
+    for cluster in found:
+        kinds = {(items[index].fault_class, items[index].frames[:1]) for index in cluster}
+        assert len(kinds) == 1
+        assert all(1 - similarity(items[a].frames, items[b].frames) < 0.3 for a in cluster for b in cluster)
+    mirrored = [sorted(len(items) - 1 - index for index in cluster) for cluster in clusters(items[::-1])]
+    assert sorted(mirrored) == found
+
+
+def test_near_duplicates_are_one_cluster() -> None:
+    stack = tuple(signature.frames(SEGV))
+    other = (*stack[:3], "llama_model_qwen2::graph<T>::graph", *stack[4:])
+    far = (stack[0], "elsewhere", "llama_decode", "main", "x", "y")
+    kinds = [
+        ("SIGSEGV", stack),
+        ("SIGSEGV", other),
+        ("SIGSEGV", far),
+        ("SIGBUS", stack),
+        ("SIGSEGV", stack[1:]),
+    ]
+    assert clusters([Stack(*kind) for kind in kinds]) == [[0, 1], [2], [3], [4]]
+
+
+def test_a_bucket_with_too_many_stacks_is_bounded() -> None:
+    items = [
+        Stack("abort", ("top", *(str(depth * number % 7) for depth in range(60)), str(number)))
+        for number in range(400)
+    ]
+    found = clusters([*items, *items])
+    assert sum(len(cluster) == 2 for cluster in found) >= 400 - 256  # each with its twin, not compared
+    assert sorted(index for cluster in found for index in cluster) == list(range(800))
