@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ class _Candidate:
 
     @property
     def key(self) -> bytes:
-        return msgspec.msgpack.encode((self.config, self.batch))
+        return hashlib.sha256(msgspec.msgpack.encode((self.config, self.batch))).digest()
 
     @property
     def context(self) -> dict[str, int]:

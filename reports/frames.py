@@ -59,6 +59,8 @@ _ANONYMOUS = re.compile(r"\(anonymous namespace\)|`anonymous namespace'|_GLOBAL_
 _LAMBDA = re.compile(r"\{lambda[^{}]*\}|'lambda\d*'|(?<=::)\$_\d+")
 _NUMBERED = re.compile(r"#\d+(?=\})")  # GCC's "{unnamed type#1}"
 
+_TRAMPOLINES = {"__restore_rt", "__kernel_rt_sigreturn"}  # of x86-64 and aarch64
+
 
 def base_name(path: str) -> str:
     """The last part of a path of any length."""
@@ -100,6 +102,12 @@ def is_runtime(frame: Frame) -> bool:
         or bool(_RUNTIME_SYMBOL.fullmatch(found))
         or bool(_RUNTIME_MODULE.fullmatch(module_name(frame.module)))
     )
+
+
+def interrupted(frames: list[Frame]) -> list[Frame]:
+    """A native stack as the signal found it: without our own handler, in which the thread was held."""
+    held = [place for place, frame in enumerate(frames) if frame.symbol in _TRAMPOLINES]
+    return frames[held[-1] + 1 :] if held else frames
 
 
 def meaningful(frames: Iterable[Frame]) -> Iterator[Frame]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from crumplezone.reports.frames import interrupted
 from crumplezone.reports.schema import BatchRecord, Frame, Report
 from crumplezone.reports.text import crashed_thread, frame_name, printable, signal_name, summary, top_frame
 
@@ -20,7 +21,6 @@ _MAX_FRAMES = 64
 _MAX_ROWS = 64
 _MAX_TITLE = 120
 _MAX_SCRIPT = 24_000
-_TRAMPOLINES = {"__restore_rt", "__kernel_rt_sigreturn"}  # of x86-64 and aarch64
 _TICKS = re.compile("`+")
 
 
@@ -152,9 +152,7 @@ def _native(report: Report) -> list[str]:
     thread = crashed_thread(report)
     if thread is None:
         return []
-    # What is above the kernel's trampoline is our own signal handler, in which the thread was held.
-    held = [place for place, frame in enumerate(thread.native) if frame.symbol in _TRAMPOLINES]
-    return _fence(_frames(thread.native[held[-1] + 1 :] if held else thread.native))
+    return _fence(_frames(interrupted(thread.native)))
 
 
 def _python(report: Report) -> list[str]:

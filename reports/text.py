@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import PurePosixPath
 
-from crumplezone.reports.frames import meaningful
+from crumplezone.reports.frames import interrupted, meaningful
 from crumplezone.reports.schema import Evidence, Exit, Frame, Report, Thread
 
 # Caps keep a hostile report from becoming an endless page.
@@ -165,7 +165,7 @@ def _fault(report: Report) -> list[str]:
 
 def _native(report: Report) -> list[str]:
     thread = crashed_thread(report)
-    return _frames(thread.native) if thread else []
+    return _frames(interrupted(thread.native)) if thread else []
 
 
 def _python(report: Report) -> list[str]:
@@ -200,10 +200,13 @@ def _registers(report: Report) -> list[str]:
 
 
 def _modules(report: Report) -> list[str]:
+    """Those in the stack of the crashed thread; report.json has every mapping."""
+    thread = crashed_thread(report)
+    wanted = {frame.module for frame in thread.native} if thread else set()
     found = {
         m.path: f"{m.start:<14} {m.build_id or '(no build-id)'} {m.path}"
         for m in report.evidence.maps
-        if "x" in m.perms and m.path.startswith("/")
+        if "x" in m.perms and m.path in wanted
     }
     return [printable(line) for line in list(found.values())[:_MAX_MODULES]] + _more(_MAX_MODULES, len(found))
 

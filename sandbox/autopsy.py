@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 
@@ -21,6 +20,7 @@ from crumplezone.reports.schema import Evidence, Exit, Fault, Frame, Mapping, St
 from crumplezone.sandbox import observe
 from crumplezone.sandbox.classify import assertion, classify, fault_of
 from crumplezone.sandbox.drain import Drain
+from crumplezone.sandbox.elf import read_elf
 from crumplezone.sandbox.launch import Process, import_path
 from crumplezone.sandbox.pressure import oom_kills
 from crumplezone.sandbox.procfs import Map, find_map, read_maps
@@ -120,7 +120,7 @@ def _examine(death: Death) -> Evidence:
     process, seen = death.process, _Seen()
     if death.held or death.condemned:
         with _step(death, "stop"):
-            _await_stop(process.pid)
+            _await_stop(process)
         if not _ended(process):
             _look(death, seen)
             _unwind(death, seen)
@@ -142,10 +142,12 @@ def _examine(death: Death) -> Evidence:
         process.close()
 
 
-def _await_stop(pid: int) -> None:
-    """Wait until every thread has stopped; waitid would wait for ever for one in uninterruptible sleep."""
+def _await_stop(process: Process) -> None:
+    """Wait until every thread has stopped, but not for ever: one may be in uninterruptible sleep."""
     end = time.monotonic() + _STOP_DEADLINE
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "TtZX":
+    # WSTOPPED is told once the whole group has stopped; /proc/PID/stat tells of the main thread only.
+    flags = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while os.waitid(os.P_PIDFD, process.pidfd, flags) is None:
         if time.monotonic() > end:
             raise ValueError("it did not stop: a thread is in uninterruptible sleep")
         time.sleep(0.0002)
@@ -252,8 +254,9 @@ def _place(seen: _Seen) -> Frame:
     within = find_map(seen.maps, pc)
     if within is None:
         return Frame(offset=hex(pc))
-    build_id = seen.build_ids.get(within.path, "")
-    return Frame(module=within.path, build_id=build_id, offset=hex(pc - within.start + within.offset))
+    elf = read_elf(within.path)
+    offset = elf.address(pc - within.start + within.offset)
+    return Frame(module=within.path, build_id=elf.build_id, offset=hex(offset))
 
 
 def _helper(pid: int) -> Stacks:

@@ -38,7 +38,7 @@ def memory(pid: int) -> dict[str, int]:
 def limits(pid: int) -> dict[str, str]:
     """The soft limits of /proc/PID/limits, with their units."""
     found = _LIMIT.findall(Path(f"/proc/{pid}/limits").read_text(errors="replace"))
-    return {name: f"{soft} {unit}".strip() for name, soft, unit in found}
+    return {name: soft if soft == "unlimited" else f"{soft} {unit}".strip() for name, soft, unit in found}
 
 
 def thread_list(pid: int, maps: list[Map]) -> list[Thread]:

@@ -67,7 +67,7 @@ def _native(frame: Any, maps: list[Map], *, called: bool) -> Frame:
         module=within.path,
         build_id=elf.build_id,
         offset=hex(offset),
-        file=file,
+        file=file if frame.linenumber > 0 else "",  # without a line it is the ELF file again
         line=max(frame.linenumber, 0),
     )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -14,6 +15,9 @@ from crumplezone.cli.output import AsJson, Model, Out, ReportId, Reports, open_s
 from crumplezone.errors import CrumplezoneError, UsageError
 from crumplezone.reports.schema import Minimal, Outcome, Report
 from crumplezone.reports.text import printable
+
+if TYPE_CHECKING:
+    from crumplezone.diagnostics.minimise import Minimised
 
 NOT_SHOWN = 1
 
@@ -78,9 +82,7 @@ def minimise(
 
     store = open_store(reports)
     report = store.read(report_id)
-    found = reduce(
-        report, model, tests_max=tests, on_progress=None if as_json else lambda m: _say(m.steps[-1:])
-    )
+    found = reduce(report, model, tests_max=tests, on_progress=_progress if sys.stderr.isatty() else None)
     batch = found.report.batch
     assert batch is not None
     now = dt.datetime.now(dt.UTC).isoformat()
@@ -91,7 +93,8 @@ def minimise(
         return
     n_seq = len(set(batch.seq_ids))
     typer.echo(f"measured: crashed {found.crashed} of {found.measured}")
-    _say(found.steps)
+    for step in found.steps:
+        typer.echo(printable(step))
     typer.echo(
         f"minimal: {batch.operation} of {len(batch.tokens)} tokens in {n_seq} sequences, {found.tests} tests"
     )
@@ -149,9 +152,8 @@ def export(
         write_out(out, markdown.render(report, _script(report)).encode("utf-8", "backslashreplace"))
 
 
-def _say(lines: list[str]) -> None:
-    for line in lines:
-        typer.echo(printable(line))
+def _progress(best: Minimised) -> None:
+    typer.echo(printable(f"{best.tests} tests: {best.steps[-1] if best.steps else 'nothing yet'}"), err=True)
 
 
 def _smallest(report: Report) -> Report:
