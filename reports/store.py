@@ -151,9 +151,10 @@ class Store:
         path, data = self.path(report.id), _encode(report)
         try:
             with _folder(path) as folder:
-                stamp = stamp_of(files.replace(self.directory, "report.json", data, folder))
+                # The text first: who sees the new stamp counts the bytes of both new files.
                 shown = render(report).encode("utf-8", "backslashreplace")
                 files.replace(self.directory, "report.txt", shown, folder)
+                stamp = stamp_of(files.replace(self.directory, "report.json", data, folder))
                 size = _size(folder)
         except OSError as error:
             raise ReportError(

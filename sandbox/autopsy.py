@@ -164,7 +164,7 @@ def _look(death: Death, seen: _Seen) -> None:
         seen.maps = read_maps(pid)
     if death.held:
         with _step(death, "signal frame", _MAY_LOOK) as detail:
-            seen.frame = read_signal_frame(pid)
+            seen.frame = read_signal_frame(pid, seen.maps)
             if seen.frame is None:
                 detail.append("no signal frame found on any thread")
     with _step(death, "threads", _MAY_LOOK):
@@ -177,7 +177,7 @@ def _unwind(death: Death, seen: _Seen) -> None:
     pid = death.process.pid
     if seen.frame:
         with _step(death, "call to nowhere", _MAY_LOOK) as detail:
-            if mend_null_call(pid, seen.frame):
+            if mend_null_call(pid, seen.maps, seen.frame):
                 detail.append("the saved program counter was set to the caller's, for the unwinder")
             else:
                 detail.append("none")

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from crumplezone.reports.schema import Fault
 from crumplezone.sandbox import sigframe_aarch64, sigframe_x86_64
-from crumplezone.sandbox.procfs import Map, find_map, is_code, read_at, read_maps, stack_pointer, threads
+from crumplezone.sandbox.procfs import Map, find_map, is_code, read_at, stack_pointer, threads
 from crumplezone.sandbox.sigframe_layout import Layout, Saved
 
 _LAYOUTS: dict[str, Layout] = {"x86_64": sigframe_x86_64, "aarch64": sigframe_aarch64}
@@ -48,8 +48,12 @@ def _on_stack(layout: Layout, mem: BinaryIO, maps: list[Map], sp: int) -> Saved 
     return layout.find(read_at(mem, sp, min(within.end - sp, _SCAN_MAX)), sp) if within else None
 
 
-def read_signal_frame(pid: int) -> SignalFrame | None:
+def read_signal_frame(pid: int, maps: list[Map]) -> SignalFrame | None:
     """Find the signal frame on any thread of a stopped process; None if there is none, or on other machines.
+
+    Args:
+        pid: The process.
+        maps: Its mappings.
 
     Raises:
         OSError: /proc refuses (permissions), or the process is gone.
@@ -58,7 +62,6 @@ def read_signal_frame(pid: int) -> SignalFrame | None:
     layout = _LAYOUTS.get(machine)
     if layout is None:
         return None
-    maps = read_maps(pid)
     with open(f"/proc/{pid}/mem", "rb", 0) as mem:
         for tid in threads(pid):
             sp = stack_pointer(pid, tid)
@@ -76,12 +79,17 @@ def read_signal_frame(pid: int) -> SignalFrame | None:
     return None
 
 
-def mend_null_call(pid: int, frame: SignalFrame) -> bool:
+def mend_null_call(pid: int, maps: list[Map], frame: SignalFrame) -> bool:
     """After a jump to where no code is, let unwinders see the caller: they stop at such a program counter.
 
     Rewrites the program counter and stack pointer that the kernel saved, as if the call had just returned.
     The process never runs on from there: faulthandler's handler raises the signal again with its default
     action instead of returning.
+
+    Args:
+        pid: The process.
+        maps: Its mappings.
+        frame: As it was read.
 
     Returns:
         Whether it was such a jump and its return address was found.
@@ -91,7 +99,6 @@ def mend_null_call(pid: int, frame: SignalFrame) -> bool:
     """
     layout = _LAYOUTS[frame.machine]
     saved = {name: int(value, 16) for name, value in frame.registers.items()}
-    maps = read_maps(pid)
     if is_code(maps, saved[layout.PC]):
         return False
     with open(f"/proc/{pid}/mem", "r+b", 0) as mem:

@@ -82,6 +82,27 @@ def test_what_the_index_knows_is_not_read_again(tmp_path: Path) -> None:
     assert "corrupt" in row_in(reports).problem
 
 
+def test_another_file_of_the_same_time_and_size_is_read(tmp_path: Path) -> None:
+    reports = Store(tmp_path)
+    path = reports.write(full(), "") / "report.json"
+    state = path.stat()
+    other = tmp_path / "other"
+    other.write_bytes(b"x" * state.st_size)
+    os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
+    other.rename(path)
+    assert "corrupt" in row_in(reports).problem
+
+
+def test_what_must_be_looked_at_each_time_does_not_grow_the_index(tmp_path: Path) -> None:
+    reports = Store(tmp_path)
+    reports.write(full(), "")
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "empty").mkdir()
+    size = (tmp_path / index.NAME).stat().st_size
+    assert problems(reports).keys() == {ID, "link", "empty"}
+    assert (tmp_path / index.NAME).stat().st_size == size
+
+
 def test_an_update_is_seen_at_once_and_in_both_files(tmp_path: Path) -> None:
     reports = Store(tmp_path)
     path = reports.write(full(), "")
@@ -138,8 +159,8 @@ def test_foreign_and_torn_lines_are_ignored(tmp_path: Path) -> None:
     reports = Store(tmp_path)
     reports.write(full(), "")
     expected = reports.rows()
-    good = (tmp_path / index.NAME).read_bytes()
-    (tmp_path / index.NAME).write_bytes(b"\n".join(HOSTILE_LINES) + good + good[: len(good) // 2])
+    good = (tmp_path / index.NAME).read_bytes().strip()
+    (tmp_path / index.NAME).write_bytes(b"\n".join([*HOSTILE_LINES, good, good[: len(good) // 2]]))
     assert reports.rows() == expected
     reports.write(full("b"), "")  # its line comes after a torn one
     rows, _ = index.Index(tmp_path).load()

@@ -177,7 +177,7 @@ def test_registers_are_those_that_gdb_shows(
     crash_library: Path, tmp_path: Path, kind: str, thread: str
 ) -> None:
     with held(crash_library, kind, thread) as process:
-        frame = read_signal_frame(process.pid)
+        frame = read_signal_frame(process.pid, read_maps(process.pid))
         assert frame is not None
         # glibc's unwinding table of __restore_rt, which gdb goes by, does not list the others.
         names = [name for name in frame.registers if name not in {"eflags", "cs", "err", "trapno", "cr2"}]
@@ -190,7 +190,7 @@ def test_registers_are_those_that_gdb_shows(
 @x86_64_only
 def test_code_and_stack_are_what_lies_there(crash_library: Path) -> None:
     with held(crash_library, "illegal instruction", "main") as process:
-        frame = read_signal_frame(process.pid)
+        frame = read_signal_frame(process.pid, read_maps(process.pid))
         assert frame is not None
         assert frame.code_bytes.startswith("0f0b")  # ud2
         assert len(frame.code_bytes) == 2 * 16
@@ -204,15 +204,15 @@ def test_code_and_stack_are_what_lies_there(crash_library: Path) -> None:
 @x86_64_only
 def test_mended_call_to_null_still_dies_of_its_signal(crash_library: Path) -> None:
     with held(crash_library, "jump to null", "main") as process:
-        frame = read_signal_frame(process.pid)
+        frame = read_signal_frame(process.pid, read_maps(process.pid))
         assert frame is not None
-        assert mend_null_call(process.pid, frame)
-        mended = read_signal_frame(process.pid)
+        assert mend_null_call(process.pid, read_maps(process.pid), frame)
+        mended = read_signal_frame(process.pid, read_maps(process.pid))
         assert mended is not None
         assert is_code(read_maps(process.pid), int(mended.registers["rip"], 16))
         assert int(mended.registers["rsp"], 16) == int(frame.registers["rsp"], 16) + 8
         assert mended.fault == frame.fault
-        assert not mend_null_call(process.pid, mended)
+        assert not mend_null_call(process.pid, read_maps(process.pid), mended)
         process.signal(signal.SIGCONT)
         while os.read(process.lines.fault_fd, 4096):
             pass
@@ -224,9 +224,9 @@ def test_mended_call_to_null_still_dies_of_its_signal(crash_library: Path) -> No
 @x86_64_only
 def test_other_faults_are_left_alone(crash_library: Path) -> None:
     with held(crash_library, "null", "main") as process:
-        frame = read_signal_frame(process.pid)
+        frame = read_signal_frame(process.pid, read_maps(process.pid))
         assert frame is not None
         with open(f"/proc/{process.pid}/mem", "rb", 0) as mem:
             before = read_at(mem, frame.address, 440)
-            assert not mend_null_call(process.pid, frame)
+            assert not mend_null_call(process.pid, read_maps(process.pid), frame)
             assert read_at(mem, frame.address, 440) == before
