@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 
 import msgspec
 
-from crumplezone.reports.schema import BatchRecord, Report
+from crumplezone.reports.schema import BatchRecord, Generating, Report
 from crumplezone.reports.signature import frames
 
 Facts = dict[str, str]
+
+_SHOWN = 12  # values of a list that are shown; the others only as a hash
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -42,11 +46,13 @@ def compare(a: Report, b: Report) -> Diff:
     """Compare two reports; the native stacks are those of the crashed threads, normalised."""
     signatures = [report.signature.id if report.signature else "" for report in (a, b)]
     facts_a, facts_b = _facts(a), _facts(b)
+    facts_a["machine"] |= _only(a.environment.cpu_flags, b.environment.cpu_flags)
+    facts_b["machine"] |= _only(b.environment.cpu_flags, a.environment.cpu_flags)
     differences = [
         Difference(section, name, facts_a[section].get(name, ""), facts_b[section].get(name, ""))
         for section in facts_a
         for name in facts_a[section] | facts_b[section]
-        if facts_a[section].get(name) != facts_b[section].get(name)
+        if facts_a[section].get(name, "") != facts_b[section].get(name, "")
     ]
     same = bool(signatures[0]) and signatures[0] == signatures[1]
     return Diff(same, differences, list(_align(frames(a), frames(b))))
@@ -62,45 +68,91 @@ def _align(a: list[str], b: list[str]) -> Iterator[FrameLine]:
 
 
 def _facts(report: Report) -> dict[str, Facts]:
-    evidence, environment = report.evidence, report.environment
-    fault, model = evidence.fault, report.model
-    ending = {"exit": evidence.exit.value, "phase": evidence.phase, "rung": report.rung}
-    if fault:
-        ending |= {"signal": fault.name, "code": fault.code_name, "address": fault.address or ""}
-        ending |= {"access": fault.access}
-    if evidence.assertion:
-        ending["assertion"] = evidence.assertion.text
-    if report.verdict:
-        ending["verdict"] = report.verdict.kind.value
+    environment, model = report.environment, report.model
+    named = {"file": PurePosixPath(model.path).name, "sha256": model.sha256} if model else {}
     return {
-        "ending": ending,
+        "ending": _ending(report),
         "batch": _shape(report.batch),
-        "context": {name: str(value) for name, value in report.context.items()},
-        "model": {"sha256": model.sha256, "description": model.description} if model else {},
+        "parameters": {name: str(value) for name, value in report.context.items()},
+        "model": named | ({"description": model.description} if model else {}),
         "versions": dict(environment.versions),
-        "machine": {"cpu": environment.cpu, "system_info": environment.system_info},
+        "machine": {"cpu": environment.cpu, **_settings(environment.system_info)},
         "variables": dict(environment.variables),
     }
+
+
+def _ending(report: Report) -> Facts:
+    evidence, fault, verdict = report.evidence, report.evidence.fault, report.verdict
+    return {
+        "exit": evidence.exit.value,
+        "phase": evidence.phase,
+        "signal": fault.name if fault else "",
+        "code": fault.code_name if fault else "",
+        "address": (fault.address or "") if fault else "",
+        "access": fault.access if fault else "",
+        "assertion": evidence.assertion.text if evidence.assertion else "",
+        "detail": evidence.detail,
+        "rung": report.rung,
+        "result": report.result,
+        "verdict": verdict.kind.value if verdict else "",
+        "redacted": "yes" if report.redacted else "",
+    }
+
+
+def _settings(system_info: str) -> Facts:
+    """What llama.cpp was built with, from "CPU : SSE3 = 1 | AVX = 1 | REPACK = 1 | "."""
+    pairs = (piece.partition("=") for piece in system_info.split("|"))
+    return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
+
+
+def _only(flags: Sequence[str], others: Sequence[str]) -> Facts:
+    return {"cpu flags of this one only": " ".join(sorted({*flags} - {*others}))}
 
 
 def _shape(batch: BatchRecord | None) -> Facts:
     if batch is None:
         return {}
-    lengths = Counter(batch.seq_ids)
+    facts = {"operation": batch.operation, "tokens per call": str(batch.chunk or "all")}
+    if not batch.generating:
+        return facts | _rows(batch) | _columns(batch.tokens, batch.seq_ids)
+    # What was in flight; the batch itself is only the last native call of that.
+    tokens = [token for each in batch.generating for token in each.tokens]
+    owners = [each.seq_id for each in batch.generating for _ in each.tokens]
+    return facts | _in_flight(batch.generating) | _columns(tokens, owners)
+
+
+def _rows(batch: BatchRecord) -> Facts:
     return {
-        "operation": batch.operation,
-        "tokens": str(len(batch.tokens)),
-        "sequences": str(len(lengths)),
-        "tokens per sequence": ", ".join(str(n) for n in sorted(lengths.values(), reverse=True)[:16]),
+        "positions": _shown(batch.positions),
         "outputs": str(sum(batch.outputs)),
-        "first positions": ", ".join(str(p) for p in _first_positions(batch)[:16]),
-        "tokens per call": str(batch.chunk or "all"),
-        "embeddings": str(batch.embeddings),
+        "outputs at": _shown([row for row, output in enumerate(batch.outputs) if output]),
+        "embeddings": "yes" if batch.embeddings else "no",
     }
 
 
-def _first_positions(batch: BatchRecord) -> list[int]:
-    first: dict[int, int] = {}
-    for seq_id, position in zip(batch.seq_ids, batch.positions, strict=False):
-        first.setdefault(seq_id, position)
-    return list(first.values())
+def _in_flight(sequences: list[Generating]) -> Facts:
+    return {
+        "tokens to come": _shown([each.max_tokens for each in sequences]),
+        "temperatures": _shown([each.temperature for each in sequences]),
+        "seeds": _shown([each.seed for each in sequences]),
+    }
+
+
+def _columns(tokens: list[int], seq_ids: list[int]) -> Facts:
+    lengths = Counter(seq_ids)  # in the order of their first tokens
+    return {
+        "tokens": str(len(tokens)),
+        "sequences": str(len(lengths)),
+        "sequence ids": _shown(seq_ids),
+        "tokens per sequence": _shown(list(lengths.values())),
+        "token ids": _shown(tokens),
+    }
+
+
+def _shown(values: Sequence[object]) -> str:
+    """A list, of any length; two that differ never look the same."""
+    text = " ".join(map(str, values[:_SHOWN]))
+    if len(values) <= _SHOWN:
+        return text
+    digest = hashlib.sha256(repr(values).encode()).hexdigest()[:8]
+    return f"{text} ... ({len(values)}, hash {digest})"

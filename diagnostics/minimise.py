@@ -15,7 +15,7 @@ from lithium.strategies import Minimize, ReductionIterator
 from lithium.testcases import TestcaseLine
 
 from crumplezone.diagnostics.replay import Run, find_model, new_runner, read_recipe, run
-from crumplezone.errors import CrumplezoneError, UsageError, check_integer
+from crumplezone.errors import CrumplezoneError, NotShownError, UsageError, check_integer
 from crumplezone.reports.schema import BatchRecord, Evidence, Outcome, Report
 from crumplezone.workers.protocol import CellConfig
 from crumplezone.workers.runner import Runner
@@ -74,7 +74,7 @@ def minimise(
         InputError: The report holds a number that may not be sent.
         UsageError: The report does not hold what a replay needs.
         ModelError: The model file is missing, or cannot be loaded.
-        CrumplezoneError: The crash did not happen again.
+        NotShownError: The crash did not happen again.
     """
     check_integer("tests_max", tests_max, 1, 10**6)
     recipe = read_recipe(report)
@@ -226,7 +226,7 @@ class _Search:
                 others.append(tried.signature.title if tried.signature else tried.detail or "passed")
         if not self.crashed:
             seen = ", ".join(sorted({ascii(other) for other in others}))
-            raise CrumplezoneError(
+            raise NotShownError(
                 f"the crash did not happen again: 0 of {self.measured} runs showed it ({seen}). "
                 "Minimise it where it happens: same llama.cpp, model file and machine."
             )

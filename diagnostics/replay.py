@@ -121,8 +121,9 @@ def replay(
         crashed=outcomes.count(Outcome.CRASHED),
         same=sum(each.same for each in done),
         versions=versions,
+        refused=outcomes.count(Outcome.REFUSED),
     )
-    verdict = verdict_after(report, summary, outcomes.count(Outcome.REFUSED))
+    verdict = verdict_after(report, summary)
     return Replayed(summary, done, verdict, notes + _other_versions(report, versions))
 
 

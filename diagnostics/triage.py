@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from crumplezone.diagnostics.cluster import Stack, clusters
 from crumplezone.errors import ReportError
 from crumplezone.reports import signature
 from crumplezone.reports.index import Row
@@ -16,8 +16,8 @@ from crumplezone.reports.schema import Exit, VerdictKind
 from crumplezone.reports.store import Store
 from crumplezone.reports.text import printable
 
-HEADERS = ("id", "when", "exit", "signal", "top frame", "signature", "verdict", "result")
-
+if TYPE_CHECKING:
+    from crumplezone.diagnostics.cluster import Stack
 SHORT = 12
 """As much of a signature as tables show, and more than enough to name one."""
 
@@ -93,7 +93,10 @@ def rows(reports: Iterable[Row], wanted: Filter) -> list[Row]:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row in the order of `HEADERS`, safe to print; "-" for an empty cell, so that columns stay columns."""
+    """Id, time, exit, signal, top frame, signature, verdict and result, safe to print.
+
+    "-" stands for an empty cell, so that columns stay columns.
+    """
     found = (
         row.id,
         time_text(row.crashed_at),
@@ -135,11 +138,15 @@ def near_duplicates(store: Store, found: Sequence[Group]) -> dict[str, int]:
     Returns:
         By signature, from 1 in the order of the groups.
     """
+    from crumplezone.diagnostics.cluster import clusters  # numpy, which a list does not need
+
     alike = clusters([_stack(store, group) for group in found])
     return {found[i].signature: number for number, cluster in enumerate(alike, 1) for i in cluster}
 
 
 def _stack(store: Store, group: Group) -> Stack:
+    from crumplezone.diagnostics.cluster import Stack
+
     try:
         report = store.read(group.first)
     except ReportError:  # one that cannot be read, or was removed since

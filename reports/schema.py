@@ -33,7 +33,7 @@ class VerdictKind(StrEnum):
     BATCH_ONLY = "batch-only"  # the safe path cured it: the sequences crash together, not alone
     INPUT = "input"  # a sequence crashes alone too
     FLAKY = "flaky"  # the native path passed when it was repeated
-    ENVIRONMENT = "environment"  # memory, a stranger's kill, a loader or a machine that refuses
+    ENVIRONMENT = "environment"  # out of memory, a stranger's kill, or a cell that never became ready
 
 
 class Outcome(StrEnum):
@@ -234,6 +234,7 @@ class Replay(msgspec.Struct, frozen=True, omit_defaults=True):
     crashed: int
     same: int  # of those that crashed, how many with the same signature
     versions: dict[str, str] = {}
+    refused: int = 0  # neither crashed nor passed
 
 
 class Minimal(msgspec.Struct, frozen=True, omit_defaults=True):

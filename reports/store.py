@@ -251,7 +251,7 @@ class Store:
             )
         if len(names) > 1:
             raise ReportError(
-                f"{prefix} begins {len(names)} report ids ({', '.join(names[:5])}, ...): give more of it"
+                f"{prefix} begins {len(names)} report ids ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}): give more of it"
             )
         return names[0]
 

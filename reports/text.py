@@ -247,8 +247,8 @@ def _verdict(report: Report) -> list[str]:
         same = f", {replay.same} with this signature" if replay.crashed else ""
         lines.append(printable(f"replayed {replay.at}: crashed {replay.crashed} of {replay.runs}{same}"))
     if minimal:
-        sequences = len(set(minimal.batch.seq_ids))
-        shape = f"{len(minimal.batch.tokens)} tokens in {sequences} sequences"
+        owners = [g.seq_id for g in minimal.batch.generating for _ in g.tokens] or minimal.batch.seq_ids
+        shape = f"{len(owners)} tokens in {len(set(owners))} sequences"
         lines.append(printable(f"minimised {minimal.at}: {shape}, after {minimal.tests} tests"))
     return lines
 

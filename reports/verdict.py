@@ -29,18 +29,17 @@ def from_ladder(report: Report) -> Verdict | None:
     return None
 
 
-def verdict_after(report: Report, replay: Replay, refused: int) -> Verdict | None:
+def verdict_after(report: Report, replay: Replay) -> Verdict | None:
     """The verdict once a replay is known.
 
     Args:
         report: The crash.
         replay: What its batch did when it was repeated.
-        refused: Runs that neither crashed nor passed.
     """
     known = from_ladder(report)
     if known and known.kind == VerdictKind.ENVIRONMENT:  # a repetition meets another environment
         return known
-    if replay.runs and not replay.crashed and not refused:
+    if replay.runs and not replay.crashed and not replay.refused:
         return Verdict(VerdictKind.FLAKY, f"passed {replay.runs} of {replay.runs} when repeated")
     return known
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from crumplezone.diagnostics.triage import HEADERS, Filter, cells, groups, near_duplicates, rows
+from crumplezone.diagnostics.triage import Filter, cells, groups, near_duplicates, rows
 from crumplezone.reports.index import Row
 from crumplezone.reports.retention import Count
 from crumplezone.reports.schema import Evidence, Exit, Frame, Report, Signature, Thread, VerdictKind
@@ -55,10 +55,10 @@ def test_filters(wanted: Filter, names: str) -> None:
 def test_cells_are_safe_to_print_and_none_is_empty() -> None:
     hostile = dict.fromkeys(("signal", "top", "result", "title"), ESCAPE + "\t\n")
     shown = cells(row("a", 0, "f" * 64, **hostile))
-    assert len(shown) == len(HEADERS)
+    assert len(shown) == 8
     assert all(cell.isprintable() for cell in shown)
     assert shown[:3] == ("a", "2026-11-21T12:00:00Z", "signal")
-    assert shown[HEADERS.index("signature")] == "f" * 12
+    assert shown[5] == "f" * 12
     assert cells(ROWS[0])[2:] == ("unreadable", "-", "title of ", "-", "-", "report.json is corrupt")
     assert cells(ROWS[1])[4] == "title of abc"  # a slim report has no frame
 

@@ -138,12 +138,16 @@ def _checked_tokens(tokens: Tokens, seq_id: int) -> npt.NDArray[np.int32]:
     return array.astype(np.int32)
 
 
-def record(entries: Sequence[Entry], operation: str) -> BatchRecord:
-    """The batch as a report keeps it."""
+def record(
+    entries: Sequence[Entry], operation: str, *, chunk: int = 0, embeddings: bool = False
+) -> BatchRecord:
+    """The batch as a report keeps it; see `BatchRecord` for what the arguments mean."""
     return BatchRecord(
         tokens=[int(token) for entry in entries for token in entry.tokens],
         positions=[position for entry in entries for position in range(len(entry.tokens))],
         seq_ids=[entry.seq_id for entry in entries for _ in entry.tokens],
         outputs=[bool(output) for entry in entries for output in entry.outputs],
         operation=operation,
+        chunk=chunk,
+        embeddings=embeddings,
     )

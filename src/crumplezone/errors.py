@@ -37,14 +37,16 @@ class InputError(CrumplezoneError, ValueError):
         self.field, self.value, self.limit = field, value, limit
 
 
-def check_integer(field: str, value: object, low: int, high: int, why: str = "") -> None:
-    """Raise `InputError` unless a value is an integer from ``low`` to ``high``."""
+def check_integer(
+    field: str, value: object, low: int, high: int, why: str = "", *, error: type[InputError] = InputError
+) -> None:
+    """Raise `InputError` (or a kind of it) unless a value is an integer from ``low`` to ``high``."""
     limit = f"must be from {low} to {high}{why}"
     # numpy's integers are no int, but know __index__; so does bool, which nobody means here.
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InputError(field, value, f"must be an integer; {limit}")
+        raise error(field, value, f"must be an integer; {limit}")
     if not low <= operator.index(value) <= high:
-        raise InputError(field, value, limit)
+        raise error(field, value, limit)
 
 
 class ModelError(CrumplezoneError):
@@ -116,9 +118,29 @@ class BatchError(CrumplezoneError):
         self.report = report
 
 
+class NotShownError(CrumplezoneError):
+    """A recorded crash that did not happen again."""
+
+
 class UsageError(CrumplezoneError):
     """An object used out of turn: closed, in another process, or busy."""
 
 
 class ReportError(CrumplezoneError):
     """A crash report that cannot be found, read or written."""
+
+
+class BatchFullError(InputError):
+    """More tokens than a batch was made for."""
+
+
+class TokenError(InputError):
+    """A token id, or an embedding in its place, that cannot be accepted."""
+
+
+class SequenceIdError(InputError):
+    """A sequence id that is out of range, or that stands where it may not."""
+
+
+class PositionError(InputError):
+    """A position that is out of range, or not the next one of its sequence."""

@@ -8,18 +8,31 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
+from msgspec.structs import replace
 
-from crumplezone.cli.output import AsJson, Model, Out, ReportId, Reports, open_store, print_json, write_out
-from crumplezone.errors import CrumplezoneError, UsageError
-from crumplezone.reports.schema import Minimal, Outcome, Report
+from crumplezone.cli.output import (
+    AsJson,
+    Model,
+    Out,
+    ReportId,
+    Reports,
+    about,
+    open_store,
+    plural,
+    print_json,
+    read_report,
+    write_out,
+)
+from crumplezone.errors import CrumplezoneError, InputError, NotShownError
+from crumplezone.reports.schema import BatchRecord, Minimal, Outcome, Report
 from crumplezone.reports.text import printable
 
 if TYPE_CHECKING:
     from crumplezone.diagnostics.minimise import Minimised
+    from crumplezone.diagnostics.replay import Replayed, Run
 
-NOT_SHOWN = 1
+NOT_SHOWN, INTERRUPTED = 1, 130
 
 
 class Format(StrEnum):
@@ -38,33 +51,27 @@ def replay(
     reports: Reports = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the recorded batch again in fresh cells; the report keeps what that showed.
+    """Run a recorded batch again in fresh cells.
 
-    Exit code 1: it did not crash.
+    The report keeps what that showed. Exit code 1: no run showed the recorded crash.
     """
     from crumplezone.diagnostics.replay import replay as run_again
 
     store = open_store(reports)
-    report = store.read(report_id)
-    found = run_again(report, runs, model)
-    store.update(
-        msgspec.structs.replace(
-            report, replays=[*report.replays, found.replay], verdict=found.verdict or report.verdict
-        )
-    )
+    report = read_report(store, report_id)
+    with about(report):
+        found = run_again(report, runs, model)
+    report = store.read(report.id)  # as it is now: another process may have added to it
+    verdict = found.verdict or report.verdict
+    store.update(replace(report, replays=[*report.replays, found.replay], verdict=verdict))
     if as_json:
-        print_json({"replay": found.replay, "verdict": found.verdict, "notes": found.notes})
+        runs_json = [_run_json(run) for run in found.runs]
+        print_json(
+            {"replay": found.replay, "verdict": found.verdict, "notes": found.notes, "runs": runs_json}
+        )
     else:
-        for number, run in enumerate(found.runs, 1):
-            title = run.signature.title if run.signature else run.detail
-            same = " (the same signature)" if run.same else " (another signature)" if run.signature else ""
-            typer.echo(printable(f"run {number}: {run.outcome.value} {title}{same}".rstrip()))
-        typer.echo(f"reproduced {found.replay.same} of {runs}; crashed {found.replay.crashed} of {runs}")
-        if found.verdict:
-            typer.echo(printable(f"verdict: {found.verdict.kind.value}: {found.verdict.because}"))
-        for note in found.notes:
-            typer.echo(printable(f"note: {note}"), err=True)
-    raise typer.Exit(0 if found.replay.crashed else NOT_SHOWN)
+        _print_replay(found)
+    raise typer.Exit(0 if found.replay.same else NOT_SHOWN)
 
 
 def minimise(
@@ -74,51 +81,55 @@ def minimise(
     reports: Reports = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the smallest batch and context that still crash so, and keep it in the report.
+    """Find the smallest batch and context that crash so.
 
-    ctrl-C ends the search and keeps the best so far.
+    The report keeps them, and `script` and `export` use them. ctrl-C ends the search and keeps the best so
+    far (exit code 130). Exit code 1: it did not crash.
     """
     from crumplezone.diagnostics.minimise import minimise as reduce
 
     store = open_store(reports)
-    report = store.read(report_id)
-    found = reduce(report, model, tests_max=tests, on_progress=_progress if sys.stderr.isatty() else None)
-    batch = found.report.batch
-    assert batch is not None
-    now = dt.datetime.now(dt.UTC).isoformat()
-    minimal = Minimal(batch, found.report.context, now, found.tests)
-    store.update(msgspec.structs.replace(report, minimal=minimal))
+    report = read_report(store, report_id)
+    try:
+        with about(report):
+            found = reduce(
+                report, model, tests_max=tests, on_progress=_progress if sys.stderr.isatty() else None
+            )
+    except NotShownError as error:
+        typer.echo(printable(str(error)), err=True)
+        raise typer.Exit(NOT_SHOWN) from None
+    interrupted = not found.complete and found.tests < tests
+    minimal = _minimal(found)
+    if minimal:
+        store.update(replace(store.read(report.id), minimal=minimal))
     if as_json:
-        print_json({"minimal": minimal, "steps": found.steps, "complete": found.complete})
-        return
-    n_seq = len(set(batch.seq_ids))
-    typer.echo(f"measured: crashed {found.crashed} of {found.measured}")
-    for step in found.steps:
-        typer.echo(printable(step))
-    typer.echo(
-        f"minimal: {batch.operation} of {len(batch.tokens)} tokens in {n_seq} sequences, {found.tests} tests"
-    )
+        facts = {name: getattr(found, name) for name in ("steps", "complete", "tests", "crashed", "measured")}
+        print_json({"minimal": minimal, "interrupted": interrupted, **facts})
+    else:
+        _print_minimised(report, found, minimal)
     if not found.complete:
-        typer.echo("stopped early: something smaller may exist", err=True)
-    typer.echo(f"next: crumplezone triage script {printable(report.id)}")
+        why = "interrupted" if interrupted else f"all {plural(tests, 'test')} are used up"
+        kept = "the best so far is kept in the report" if minimal else "nothing smaller was found yet"
+        typer.echo(f"{why}: {kept}; something smaller may exist", err=True)
+    raise typer.Exit(INTERRUPTED if interrupted else 0)
 
 
 def script(report_id: ReportId, out: Out = None, model: Model = None, reports: Reports = None) -> None:
-    """Write a stand-alone Python file that imports only llama_cpp and shows the crash; it is tried in a cell.
+    """Write a Python file that shows the crash.
 
-    It is made of the minimised batch, if there is one. Exit code 1: it did not show the crash.
+    It needs llama-cpp-python only, is made of the minimised batch if there is one, and is tried in a cell.
+    Exit code 1: it was written, but did not show the recorded crash.
     """
     from crumplezone.diagnostics.script import check
     from crumplezone.diagnostics.script import script as write
 
-    report = _smallest(open_store(reports).read(report_id))
-    text = write(report, model)
-    run = check(text, report, model)
+    report = _smallest(read_report(open_store(reports), report_id))
+    with about(report):
+        text = write(report, model)
+        run = check(text, report, model)
     write_out(out, text.encode())
-    title = run.signature.title if run.signature else run.detail
-    same = ", the same signature" if run.same else ", not the recorded crash"
-    typer.echo(printable(f"checked in a cell: {run.outcome.value} {title}{same}"), err=True)
-    raise typer.Exit(0 if run.outcome == Outcome.CRASHED and run.same else NOT_SHOWN)
+    typer.echo(printable(f"checked in a cell: {_outcome(run)}"), err=True)
+    raise typer.Exit(0 if run.same else NOT_SHOWN)
 
 
 def export(
@@ -130,44 +141,99 @@ def export(
     ] = False,
     reports: Reports = None,
 ) -> None:
-    """Export a report: Markdown for an issue, JSON, SARIF 2.1.0, or a zip of all of these to share."""
+    """Export a report, to hand it on.
+
+    As Markdown for an issue, as JSON, as SARIF 2.1.0, or as a zip of all of these with the script.
+    """
     import json
 
     from crumplezone.reports import bundle, markdown, sarif, schema
     from crumplezone.reports.redact import redact as redacted
     from crumplezone.reports.redact import redaction_key
 
+    if form == Format.ZIP and out is None and sys.stdout.isatty():
+        raise InputError("--out", "a terminal", "must name a file for a zip")
     store = open_store(reports)
-    report = store.read(report_id)
+    report = read_report(store, report_id)
     if redact:
         report = redacted(report, redaction_key(store.directory))
     if form == Format.ZIP:
-        target = out or Path(f"{report.id}.zip")
-        write_out(target, bundle.bundle(report, _script(report)))
+        data = bundle.bundle(report, _script(report))
     elif form == Format.JSON:
-        write_out(out, schema.encode(report) + b"\n")
+        data = schema.encode(report) + b"\n"
     elif form == Format.SARIF:
-        write_out(out, json.dumps(sarif.render([report]), indent=1).encode() + b"\n")
+        data = json.dumps(sarif.render([report]), indent=1).encode() + b"\n"
     else:
-        write_out(out, markdown.render(report, _script(report)).encode("utf-8", "backslashreplace"))
+        data = markdown.render(report, _script(report)).encode("utf-8", "backslashreplace")
+    write_out(out, data)
+
+
+def _run_json(run: Run) -> dict[str, object]:
+    return {"outcome": run.outcome, "detail": run.detail, "signature": run.signature, "same": run.same}
+
+
+def _outcome(run: Run) -> str:
+    """One run in words."""
+    what = run.signature.title if run.signature else run.detail
+    if run.same:
+        return f"the recorded crash: {what}"
+    if run.outcome == Outcome.OK:
+        return "no crash here"
+    return f"another crash: {what}" if run.outcome == Outcome.CRASHED else f"no crash, but refused: {what}"
+
+
+def _print_replay(found: Replayed) -> None:
+    for number, run in enumerate(found.runs, 1):
+        typer.echo(printable(f"run {number}: {_outcome(run)}"))
+    kept = found.replay
+    others = f"; {kept.crashed - kept.same} crashed otherwise" if kept.crashed > kept.same else ""
+    typer.echo(f"reproduced {kept.same} of {kept.runs}{others}")
+    if found.verdict:
+        typer.echo(printable(f"verdict: {found.verdict.kind.value}: {found.verdict.because}"))
+    for note in found.notes:
+        typer.echo(printable(f"note: {note}"), err=True)
+
+
+def _minimal(found: Minimised) -> Minimal | None:
+    """What the report should keep; nothing, if the search ended before it found anything smaller."""
+    batch = found.report.batch
+    if batch is None or not (found.complete or found.steps):
+        return None
+    return Minimal(batch, found.report.context, dt.datetime.now(dt.UTC).isoformat(), found.tests)
+
+
+def _print_minimised(report: Report, found: Minimised, minimal: Minimal | None) -> None:
+    typer.echo(f"measured: crashed {found.crashed} of {found.measured}")
+    for step in found.steps:
+        typer.echo(printable(step))
+    if minimal:
+        typer.echo(printable(f"minimal: {_shape(minimal.batch)}, after {plural(found.tests, 'test')}"))
+        typer.echo(printable(f"next: crumplezone triage script {report.id}"))
+
+
+def _shape(batch: BatchRecord) -> str:
+    """A batch in words. One of `generate` is all that was in flight, not its last native call."""
+    owners = [each.seq_id for each in batch.generating for _ in each.tokens] or batch.seq_ids
+    sequences = plural(len(set(owners)), "sequence")
+    return f"{batch.operation} of {plural(len(owners), 'token')} in {sequences}"
 
 
 def _progress(best: Minimised) -> None:
-    typer.echo(printable(f"{best.tests} tests: {best.steps[-1] if best.steps else 'nothing yet'}"), err=True)
+    typer.echo(printable(f"{plural(best.tests, 'test')}: {'; '.join(best.steps)}"), err=True)
 
 
 def _smallest(report: Report) -> Report:
     """The report with its minimised batch and context in the place of the recorded ones."""
     if report.minimal is None:
         return report
-    return msgspec.structs.replace(report, batch=report.minimal.batch, context=report.minimal.context)
+    return replace(report, batch=report.minimal.batch, context=report.minimal.context)
 
 
 def _script(report: Report) -> str | None:
-    """The script, where one can be made of the report."""
+    """The script, where one can be made of the report. A path of this machine is nothing to its readers."""
     from crumplezone.diagnostics.script import script as write
 
     try:
-        return write(_smallest(report))
-    except (UsageError, CrumplezoneError):
+        return write(_smallest(report), Path(Path(report.model.path).name) if report.model else None)
+    except CrumplezoneError:
         return None

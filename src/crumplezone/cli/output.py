@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import re
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from crumplezone.errors import InputError, ReportError
-from crumplezone.reports import files
+from crumplezone.errors import InputError, ReportError, UsageError
+from crumplezone.reports.schema import Report
 from crumplezone.reports.store import Store, default_directory
 from crumplezone.reports.text import printable
 
@@ -28,7 +27,7 @@ Reports = Annotated[
     ),
 ]
 ReportId = Annotated[str, typer.Argument(metavar="ID", help="A report's id, or the beginning of only one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, in ASCII, for programs.")]
 Model = Annotated[
     Path | None, typer.Option("--model", metavar="FILE", help="Where the model is now, if it has moved.")
 ]
@@ -36,6 +35,10 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write h
 
 _AGO = re.compile(r"(\d{1,6})([mhdw])")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_GAP = "  "
+_FAIR = 26  # characters: as much as a column gets before another is left out for it
+_LEAST = 8
+_BREAK = re.compile(r"(?<=\s)|(?<=::)")
 
 
 def open_store(reports: Path | None) -> Store:
@@ -43,24 +46,98 @@ def open_store(reports: Path | None) -> Store:
     return Store(default_directory() if reports is None else reports)
 
 
+def read_report(store: Store, report_id: str) -> Report:
+    """`Store.read`, with a better word for an empty store than that this one report is not in it.
+
+    Raises:
+        ReportError: It cannot be found or read.
+    """
+    try:
+        return store.read(report_id)
+    except ReportError:
+        if store.rows():
+            raise
+        raise ReportError(emptiness(store)) from None
+
+
+def emptiness(store: Store) -> str:
+    """Says that a store is empty, and what to do."""
+    missing = "" if store.directory.exists() else ", which does not exist yet"
+    return f"No crash reports in {printable(str(store.directory))}{missing}. --reports names another store."
+
+
+@contextlib.contextmanager
+def about(report: Report) -> Iterator[None]:
+    """Name the report in errors that are about its content.
+
+    Raises:
+        ReportError: It does not hold what is asked of it, or a number out of bounds.
+    """
+    try:
+        yield
+    except (InputError, UsageError) as problem:
+        raise ReportError(f"report {report.id}: {problem}") from problem
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and its noun: "1 token", "2 tokens"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def print_json(value: Any) -> None:
     """Print as JSON, in ASCII: nothing in it can act on a terminal."""
     typer.echo(json.dumps(msgspec.to_builtins(value), indent=1, ensure_ascii=True))
 
 
-def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on a terminal, else tab-separated lines. The cells must be safe to print."""
-    if not sys.stdout.isatty():
-        for row in rows:
-            typer.echo("\t".join(row))
-        return
-    table = Table(box=None, pad_edge=False)
-    for number, header in enumerate(headers):
-        # A folded id could not be copied.
-        table.add_column(header, overflow="fold", no_wrap=number == 0)
+def print_lines(rows: Iterable[Sequence[str]]) -> None:
+    """Print tab-separated lines. The cells must be safe to print."""
     for row in rows:
-        table.add_row(*map(Text, row))  # Text, not str: "[red]" in a symbol is no markup
-    Console().print(table)
+        typer.echo("\t".join(row))
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], spare: int) -> None:
+    """Print a table as wide as the terminal. The cells must be safe to print, but for line feeds.
+
+    Args:
+        headers: One for each column.
+        rows: Cells. The first of each is never broken, so that an id can be copied.
+        spare: So many columns at the end may be left out of a narrow table.
+    """
+    table = [headers, *rows]
+    width = shutil.get_terminal_size().columns
+    widths = [
+        max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*table, strict=True)
+    ]
+    while spare and _total([min(each, _FAIR) for each in widths]) > width:
+        del widths[-1]
+        spare -= 1
+    while _total(widths) > width and max(widths[1:]) > _LEAST:
+        widths[widths.index(max(widths[1:]), 1)] -= 1
+    for row in table:
+        columns = [_fold(cell, room) for cell, room in zip(row, widths, strict=False)]
+        for n in range(max(map(len, columns))):
+            cells = [lines[n] if n < len(lines) else "" for lines in columns]
+            line = _GAP.join(cell.ljust(room) for cell, room in zip(cells, widths, strict=True))
+            typer.echo(line.rstrip())
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
+
+
+def _fold(cell: str, room: int) -> list[str]:
+    """Lines of at most so many characters, broken after spaces and "::" where that is possible."""
+    lines = []
+    for text in cell.split("\n"):
+        lines.append("")
+        for piece in _BREAK.split(text):
+            rest = piece
+            while len(lines[-1]) + len(rest.rstrip()) > room:
+                if not lines[-1]:
+                    lines[-1], rest = rest[:room], rest[room:]
+                lines.append("")
+            lines[-1] += rest
+    return lines
 
 
 def parse_ago(field: str, text: str) -> dt.timedelta:
@@ -72,12 +149,13 @@ def parse_ago(field: str, text: str) -> dt.timedelta:
 
 
 def parse_since(text: str) -> dt.datetime:
-    """Read a time as ISO 8601 (local, if it names no zone), or how long ago."""
+    """Read a time as ISO 8601 (UTC, if it names no zone, like all times that are shown), or how long ago."""
     now = dt.datetime.now(dt.UTC)
     try:
         if _AGO.fullmatch(text):
             return now - parse_ago("--since", text)
-        return dt.datetime.fromisoformat(text).astimezone(dt.UTC)
+        time = dt.datetime.fromisoformat(text)
+        return time.astimezone(dt.UTC) if time.tzinfo else time.replace(tzinfo=dt.UTC)
     except (ValueError, OverflowError) as error:
         limit = "must be a time such as 2026-11-21 or 2026-11-21T06:00, or an age such as 24h or 7d"
         raise InputError("--since", text, limit) from error
@@ -94,7 +172,7 @@ def write_out(out: Path | None, data: bytes) -> None:
         sys.stdout.buffer.flush()
         return
     try:
-        files.replace(out.parent, out.name, data)
+        out.write_bytes(data)  # in place: /dev/stdout and links are what they are
     except OSError as error:
         raise ReportError(f"{printable(str(out))} cannot be written: {error.strerror}") from error
-    typer.echo(f"wrote {printable(str(out))} ({len(data)} bytes)", err=True)
+    typer.echo(f"wrote {printable(str(out))} ({plural(len(data), 'byte')})", err=True)
