@@ -274,7 +274,7 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
     schema.Environment: _fields(keep="cpu cpu_flags system_info", table="versions", variables="variables"),
     schema.Signature: _fields(keep="id fault_class confidence version", texts="key", text="title"),
     schema.Verdict: _fields(keep="kind", text="because"),
-    schema.Replay: _fields(keep="at runs crashed same", table="versions"),
+    schema.Replay: _fields(keep="at runs crashed same refused", table="versions"),
     schema.Minimal: _fields(keep="at tests", structs="batch", table="context"),
     schema.Report: _fields(
         keep="id crashed_at written_at schema_version rung blamed redacted same_as",

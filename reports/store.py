@@ -250,9 +250,8 @@ class Store:
                 "there are; --reports names another store."
             )
         if len(names) > 1:
-            raise ReportError(
-                f"{prefix} begins {len(names)} report ids ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}): give more of it"
-            )
+            some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise ReportError(f"{prefix} begins {len(names)} report ids ({some}): give more of it")
         return names[0]
 
     def _entries(self) -> list[os.DirEntry[str]]:

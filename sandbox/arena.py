@@ -56,6 +56,11 @@ class Arena:
         self.fd = fd
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)
 
+    @property
+    def room(self) -> int:
+        """Bytes of the data zone."""
+        return os.fstat(self.fd).st_size - HEADER
+
     def reserve(self, shapes: Sequence[Shape]) -> None:
         """Make room for these arrays. Sparse: memory is used only where it is touched."""
         need = HEADER + offsets(shapes)[-1]

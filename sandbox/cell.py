@@ -9,7 +9,7 @@ import select
 import time
 import traceback
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -21,6 +21,8 @@ from crumplezone.reports.schema import Evidence, Exit, Frame
 from crumplezone.sandbox import autopsy
 from crumplezone.sandbox.arena import Arena
 from crumplezone.sandbox.channel import (
+    Answer,
+    Ask,
     Call,
     Channel,
     ChannelClosed,
@@ -99,7 +101,12 @@ class Cell:
         self._oom_kills = oom_kills()
         self._phase = "start"
         self._process = process = spawn(spec.env)
-        self._drain = Drain(process, spec.memory_limit)
+        try:
+            self._drain = Drain(process, spec.memory_limit)
+        except BaseException:  # no thread or descriptor could be had for it
+            process.kill()
+            process.close()
+            raise
         self._finalizer = weakref.finalize(self, _abandon, process, self._drain, self._owner)
         self._channel = Channel(process.lines.sock, FromChild)
         self._poller = select.poll()
@@ -137,13 +144,22 @@ class Cell:
         except msgspec.MsgspecError as error:
             raise self._broken(f"described itself wrongly: {error}") from error
 
-    def call(self, request: msgspec.Struct, reply: type[_T], deadline: float | None) -> _T:
+    def call(
+        self,
+        request: msgspec.Struct,
+        reply: type[_T],
+        deadline: float | None,
+        on_ask: Callable[[msgspec.Raw], msgspec.Struct] | None = None,
+    ) -> _T:
         """Send one request and wait for its reply in the calling thread.
 
         Args:
             request: A struct of the service's request type.
             reply: Type that the answer must have.
-            deadline: Seconds until the cell counts as hung, or None to wait for ever.
+            deadline: Seconds until the cell counts as hung, or None to wait for ever. They begin anew after
+                each question, and do not run while it is being answered.
+            on_ask: Called with each question that the service asks meanwhile; returns the answer. It may
+                make calls of its own. What it raises ends this call, and the cell lives.
 
         Raises:
             CellRefused: The service raised an exception; the cell lives.
@@ -154,14 +170,19 @@ class Cell:
             raise UsageError("this cell is closed, or was made before a fork: make a new one")
         call_id = self._next_id
         self._next_id += 1
+        failed: list[BaseException] = []
         call = Call(call_id, msgspec.Raw(msgspec.msgpack.encode(request)))
         try:
             frame = self._exchange(call, deadline)
+            while on_ask and isinstance(frame, Ask) and frame.id == call_id:
+                frame = self._exchange(self._answer(frame, on_ask, failed), deadline)
         except CellDied:
             raise
         except BaseException:  # an interrupted call would leave its reply in the socket for the next one
             self.close()
             raise
+        if failed:
+            raise failed[0]
         if isinstance(frame, Failure) and frame.id == call_id:
             raise CellRefused(frame.kind, frame.message)
         if not isinstance(frame, Reply) or frame.id != call_id:
@@ -170,6 +191,22 @@ class Cell:
             return msgspec.msgpack.decode(frame.body, type=reply)
         except msgspec.MsgspecError as error:
             raise self._broken(f"sent a reply that does not decode: {error}") from error
+
+    def _answer(
+        self, ask: Ask, on_ask: Callable[[msgspec.Raw], msgspec.Struct], failed: list[BaseException]
+    ) -> Answer:
+        """The answer; none from the first exception on, which `call` raises when the service has ended."""
+        answer = Answer()
+        if not failed:
+            try:
+                answer = Answer(msgspec.Raw(msgspec.msgpack.encode(on_ask(ask.body))))
+            except BaseException as error:
+                if not self.alive:  # lost by a call that was made meanwhile: this is its CellDied
+                    raise
+                failed.append(error)
+        if not self.alive:
+            raise UsageError("this cell was closed while it asked a question")
+        return answer
 
     def condemn(self, kind: Exit, why: str) -> CellDied:
         """Give up a cell that answered, but not as it should; returns the error to raise."""

@@ -48,6 +48,19 @@ class Failure(msgspec.Struct, tag="failure", frozen=True):
     message: str
 
 
+class Ask(msgspec.Struct, tag="ask", frozen=True):
+    """Child to supervisor, in the middle of the call of this id: a question. The child waits."""
+
+    id: int
+    body: msgspec.Raw
+
+
+class Answer(msgspec.Struct, tag="answer", frozen=True, omit_defaults=True):
+    """Supervisor to child: the answer to the latest question. Without a body: give the call up."""
+
+    body: msgspec.Raw = msgspec.Raw()  # empty where it is left out
+
+
 class LogLine(msgspec.Struct, frozen=True):
     """Child to supervisor, on the log socket: one log record."""
 
@@ -60,8 +73,8 @@ class LogLine(msgspec.Struct, frozen=True):
     line: int = 0
 
 
-FromChild = Ready | Reply | Failure
-FromSupervisor = Start | Call
+FromChild = Ready | Reply | Failure | Ask
+FromSupervisor = Start | Call | Answer
 
 
 class ProtocolError(Exception):

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from crumplezone.sandbox.arena import Arena
 from crumplezone.sandbox.arm import die_with, hold_on_fault
 from crumplezone.sandbox.channel import (
     MAX_FRAME,
+    Answer,
+    Ask,
     Call,
     Channel,
     ChannelClosed,
@@ -31,6 +34,10 @@ from crumplezone.sandbox.channel import (
 from crumplezone.sandbox.recorder import Recorder
 
 _MESSAGE_MAX = 8192
+
+
+class AbandonedError(Exception):
+    """The supervisor did not answer a question: the call is to end; its caller knows why."""
 
 
 class Service(Protocol):
@@ -52,6 +59,7 @@ class Room:
     arena: Arena
     sock: socket.socket
     recorder: Recorder
+    ask: Callable[[msgspec.Struct], msgspec.Raw]  # see `_Loop.ask`
 
 
 class _SocketHandler(logging.Handler):
@@ -93,34 +101,60 @@ def _load(start: Start, room: Room) -> Service:
     return service
 
 
-def serve(channel: Channel, arena: Arena) -> None:
-    """Build the target, then answer calls until the supervisor closes its end."""
-    start = channel.receive()
-    assert isinstance(start, Start)
-    recorder = arena.recorder()
-    try:
-        with recorder.phase("start"):
-            service = _load(start, Room(arena, channel.sock, recorder))
-        channel.send(Ready(msgspec.Raw(msgspec.msgpack.encode(service.info()))))
-    except Exception as error:
-        logging.getLogger(__name__).debug("start failed", exc_info=True)
-        channel.send(_failure(0, error))
-        return
-    decode = msgspec.msgpack.Decoder(service.request_type).decode
-    encode = msgspec.msgpack.Encoder().encode
-    while True:
-        call = channel.receive()
-        assert isinstance(call, Call)
+class _Loop:
+    """Calls and their replies; inside a call, questions and their answers."""
+
+    def __init__(self, channel: Channel, arena: Arena) -> None:
+        self._channel, self._arena = channel, arena
+        self._recorder = arena.recorder()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._calls: list[int] = []  # being handled; more than one while a question is open
+
+    def serve(self) -> None:
+        """Build the target, then answer calls until the supervisor closes its end."""
+        start = self._channel.receive()
+        assert isinstance(start, Start)
         try:
-            with recorder.phase("validate", len(bytes(call.body))):
-                request = decode(call.body)
-            body = encode(service.handle(request))
-            channel.send(Reply(call.id, msgspec.Raw(body)))
+            with self._recorder.phase("start"):
+                room = Room(self._arena, self._channel.sock, self._recorder, self.ask)
+                self._service = _load(start, room)
+            self._channel.send(Ready(msgspec.Raw(self._encode(self._service.info()))))
+        except Exception as error:
+            logging.getLogger(__name__).debug("start failed", exc_info=True)
+            self._channel.send(_failure(0, error))
+            return
+        self._decode = msgspec.msgpack.Decoder(self._service.request_type).decode
+        while True:
+            self._handle(self._channel.receive())
+
+    def ask(self, question: msgspec.Struct) -> msgspec.Raw:
+        """Ask the supervisor something in the middle of a call; other calls may come before the answer.
+
+        Raises:
+            AbandonedError: There is no answer: the call is to end.
+        """
+        self._channel.send(Ask(self._calls[-1], msgspec.Raw(self._encode(question))))
+        while not isinstance(frame := self._channel.receive(), Answer):
+            self._handle(frame)
+        if not bytes(frame.body):
+            raise AbandonedError
+        return frame.body
+
+    def _handle(self, call: object) -> None:
+        assert isinstance(call, Call)
+        self._calls.append(call.id)
+        try:
+            with self._recorder.phase("validate", len(bytes(call.body))):
+                request = self._decode(call.body)
+            body = self._encode(self._service.handle(request))
+            self._channel.send(Reply(call.id, msgspec.Raw(body)))
         except ChannelClosed:
             raise
         except Exception as error:
             logging.getLogger(__name__).debug("request failed", exc_info=True)
-            channel.send(_failure(call.id, error))
+            self._channel.send(_failure(call.id, error))
+        finally:
+            self._calls.pop()
 
 
 def main() -> None:
@@ -133,7 +167,7 @@ def main() -> None:
     logging.basicConfig(level=logging.DEBUG, handlers=[handler])
     channel = Channel(socket.socket(fileno=sock_fd), FromSupervisor)
     with contextlib.suppress(ChannelClosed):
-        serve(channel, Arena(arena_fd))
+        _Loop(channel, Arena(arena_fd)).serve()
     # Native libraries' destructors and atexit handlers can crash or hang: there is nothing left to save.
     os._exit(0)
 

@@ -1,15 +1,24 @@
-"""Models, and the rule that no test leaves a process behind."""
+"""Models, stores and decoders, and the rule that no test leaves a process behind."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 import crumplezone
+from crumplezone import Decoder
+from crumplezone.reports.schema import Report
+from crumplezone.reports.store import Store
+from crumplezone.workers.runner import Runner
+from tests import poison
+from tests.poison import Poison
+from tests.support import Dose, Job, Open, Record, read_all
 from tests.tiny_gguf import write_tiny_llama
 
 
@@ -34,3 +43,47 @@ def no_process_is_left() -> Iterator[None]:
         gc.collect()  # a cell that nobody closed ends with its last reference
         psutil.wait_procs(children, timeout=5)
     assert psutil.Process().children(recursive=True) == []
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "reports")
+
+
+@pytest.fixture
+def make(store: Store) -> Iterator[Open]:
+    """Make decoders that are closed after the test. One thread: on busy machines OpenMP's spin for long."""
+    made: list[Decoder] = []
+
+    def open_decoder(model: Path, n_seq: int = 4, n_ctx_seq: int = 256, **options: Any) -> Decoder:
+        settings: dict[str, Any] = {"n_threads": 1, "reports": store.directory} | options
+        made.append(Decoder(model, n_ctx=n_ctx_seq * n_seq, n_seq_max=n_seq, **settings))
+        return made[-1]
+
+    yield open_decoder
+    for decoder in made:
+        decoder.close()
+
+
+@pytest.fixture
+def dose(monkeypatch: pytest.MonkeyPatch) -> Dose:
+    """Make every llama.cpp cell that starts from now on a poisoned one."""
+
+    def give(dosed: Poison, target: str = poison.TARGET) -> None:
+        monkeypatch.setattr(Runner.__init__, "__defaults__", (target,))
+        monkeypatch.setenv(poison.VARIABLE, msgspec.json.encode(dosed).decode())
+
+    return give
+
+
+@pytest.fixture
+def record(store: Store, make: Open) -> Record:
+    """Let a decoder crash; returns the reports, oldest first."""
+
+    def crash(model: Path, job: Job, **options: Any) -> list[Report]:
+        decoder = make(model, **{"preflight": False} | options)
+        job(decoder)
+        decoder.close()
+        return read_all(store)
+
+    return crash

@@ -34,12 +34,11 @@ class Poison(msgspec.Struct, frozen=True):
 class PoisonCell(LlamaCell):
     """A `LlamaCell` with a `Poison`."""
 
-    def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int, *, encode: bool = False) -> int:
+    def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int, **options: Any) -> int:
         poison = msgspec.json.decode(os.environ[VARIABLE], type=Poison)
         if self._dies(poison, [array[begin:end] for array in arrays]):
-            arrays[4][begin:end] = 1  # as the real one does before its native call
             getattr(self, f"_{poison.how}")(poison, arrays, begin, end)
-        return super().run(arrays, begin, end, encode=encode)
+        return super().run(arrays, begin, end, **options)
 
     def _dies(self, poison: Poison, sent: list[npt.NDArray[Any]]) -> bool:
         tokens, positions, seq_ids = sent[:3]

@@ -17,7 +17,7 @@ ALLOWED = {
     "workers": {"reports", "sandbox"},
     "diagnostics": {"reports", "sandbox", "workers"},
 }
-CHILD_SIDE = {"workers/native.py", "workers/engine.py"}
+CHILD_SIDE = {"workers/native.py", "workers/engine.py", "workers/native_memory.py"}
 
 
 def imports(file: Path) -> Iterator[str]:

@@ -14,19 +14,24 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import BatchError, CellDied, CellRefused, InputError, UsageError, check_integer
+from crumplezone.errors import (
+    BatchError,
+    CellDied,
+    CrumplezoneError,
+    InputError,
+    UsageError,
+    check_integer,
+)
 from crumplezone.reports.schema import Outcome
 from crumplezone.reports.store import default_directory
-from crumplezone.workers.batch import LLAMA_MAX_SEQ, Batch, Entry, record
+from crumplezone.workers.batch import Batch, Entry, record
 from crumplezone.workers.generation import Generation
 from crumplezone.workers.incident import Case, Reporter
-from crumplezone.workers.model import check_file
-from crumplezone.workers.protocol import CellConfig, CellInfo
+from crumplezone.workers.protocol import CellInfo
 from crumplezone.workers.results import Completion, Result, Rung, Sampling, SequenceResult
 from crumplezone.workers.runner import Ask, Limits, RefusedError, Rows, Runner
 from crumplezone.workers.safe import Descent
-
-_INT32_MAX = 2**31 - 1
+from crumplezone.workers.settings import INT32_MAX, N_UBATCH, check_number, configure
 
 
 class Decoder:
@@ -37,7 +42,7 @@ class Decoder:
     Args:
         model: Path of a GGUF file.
         n_ctx: Tokens of context over all sequences; 0 for 1024 per sequence. Divided evenly.
-        n_batch: Most tokens per native call.
+        n_batch: Most tokens per native call, at least ``n_seq_max``.
         n_ubatch: Most tokens per compute pass.
         n_seq_max: Most sequences per batch, up to 256.
         n_threads: Threads of a cell; 0 for one per available core.
@@ -60,7 +65,7 @@ class Decoder:
         *,
         n_ctx: int = 0,
         n_batch: int = 2048,
-        n_ubatch: int = 512,
+        n_ubatch: int = N_UBATCH,
         n_seq_max: int = 4,
         n_threads: int = 0,
         n_gpu_layers: int = 0,
@@ -71,27 +76,16 @@ class Decoder:
         reports: str | Path | None = None,
         redact: bool = False,
     ) -> None:
-        check_integer("n_seq_max", n_seq_max, 1, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
-        check_integer("n_ctx", n_ctx, 0, _INT32_MAX)
-        if 0 < n_ctx < n_seq_max:
-            raise InputError(
-                "n_ctx", n_ctx, f"must give each of the {n_seq_max} sequences at least one token"
-            )
-        check_integer("n_batch", n_batch, 1, _INT32_MAX)
-        check_integer("n_ubatch", n_ubatch, 1, _INT32_MAX)
-        check_integer("n_threads", n_threads, 0, 512)
-        check_integer("n_gpu_layers", n_gpu_layers, -1, 2**20)
-        if memory_limit is not None:
-            check_integer("memory_limit", memory_limit, 1, 2**63 - 1)
-        if deadline is not None:
-            _check_number("deadline", deadline, 1e-3, 1e7)
-        path = Path(model).absolute()
-        check_file(path)
-        threads = n_threads or len(os.sched_getaffinity(0))
-        size = n_ctx or 1024 * n_seq_max
-        config = CellConfig(
-            str(path), size, n_batch, min(n_ubatch, n_batch), n_seq_max, threads, n_gpu_layers
+        config = configure(
+            model,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_seq_max=n_seq_max,
+            n_threads=n_threads,
+            n_gpu_layers=n_gpu_layers,
         )
+        limits = Limits(deadline, memory_limit)
         self._owner = os.getpid()
         self._busy = threading.Lock()
         self._busy_thread = 0
@@ -99,7 +93,6 @@ class Decoder:
         self._running: Generator[Completion, None, None] | None = None
         self._preflight_on = preflight
         self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
-        limits = Limits(deadline, memory_limit)
         self._native = Runner(config, limits, self._reporter)
         self._descent = Descent(config, limits, self._reporter) if safe_fallback else None
         self._native.start()
@@ -119,6 +112,7 @@ class Decoder:
 
         Raises:
             CellDied: The tokenizer crashed.
+            ModelError: The cell had died and the model cannot be loaded again.
         """
         with self._turn():
             try:
@@ -188,8 +182,8 @@ class Decoder:
         Raises:
             InputError: A prompt is no text or empty, or a parameter is out of range.
         """
-        check_integer("max_tokens", sampling.max_tokens, 1, _INT32_MAX)
-        _check_number("temperature", sampling.temperature, 0, 100)
+        check_integer("max_tokens", sampling.max_tokens, 1, INT32_MAX)
+        check_number("temperature", sampling.temperature, 0, 100)
         check_integer("seed", sampling.seed, 0, 2**63 - 1)
         for index, prompt in prompts.items():
             if not isinstance(prompt, str) or not prompt:
@@ -279,10 +273,11 @@ class Decoder:
         try:
             return self._native.decode(entries, ask)
         except CellDied as died:
-            batch = record(entries, "encode" if ask.encode else "decode")
+            operation = "encode" if ask.encode else "decode"
+            batch = record(entries, operation, embeddings=ask.embeddings)
             self._reporter.add(case, died.incident, Rung.NATIVE, batch)
             outcome, problem = Outcome.CRASHED, str(died)
-        except (RefusedError, CellRefused) as refused:
+        except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
             outcome, problem = Outcome.REFUSED, str(refused)
         case.step(Rung.NATIVE, outcome, seq_ids, problem, (time.perf_counter() - start) * 1000)
         return None
@@ -305,11 +300,6 @@ class Decoder:
         if self._descent is None:
             raise BatchError(note or case.steps[-1].detail, reports[0] if reports else None)
         return Result(sequences, reports, note)
-
-
-def _check_number(field: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InputError(field, value, f"must be a number from {low:g} to {high:g}")
 
 
 def _in_order(finished: Iterator[Completion]) -> Iterator[Completion]:
@@ -337,6 +327,4 @@ def _how_it_ended(sequences: list[SequenceResult]) -> str:
     rungs = sorted({each.rung for each in sequences if not each.error})
     failed = [each.entry.seq_id for each in sequences if each.error]
     cured = f"cured by the rung {' and '.join(rungs)}" if rungs else "not cured"
-    return cured + (
-        f"; sequences {failed} crash alone and failed" if failed else "; every sequence got its result"
-    )
+    return cured + (f"; sequences {failed} failed alone" if failed else "; every sequence got its result")

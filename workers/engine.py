@@ -90,6 +90,7 @@ class Engine:
         recorder = self._cell.recorder
         with recorder.phase("build", len(active)):
             used, ready = self._build(batch, active)
+        batch[4][:used] = 1
         rc = self._cell.run(batch, 0, used)
         if rc == 0:
             with recorder.phase("sample", len(ready)):
@@ -102,7 +103,7 @@ class Engine:
     ) -> tuple[int, list[tuple[_Sequence, int]]]:
         """Fill the batch; returns how much of it is used, and whose next token comes from which output."""
         tokens, positions, seq_ids, outputs, n_seq_id, _ = batch
-        n_seq_id[:] = 0  # `run` sets it for what it sends: after a crash, this is what says how much that was
+        n_seq_id[:] = 0  # 1 for what is sent: after a crash, this says how much that was
         capacity, used = len(tokens), 0
         ready: list[tuple[_Sequence, int]] = []
         # Sequences that generate (one token) go before prompts, which fill what is left.

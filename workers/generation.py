@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, SequenceError
 from crumplezone.reports.schema import BatchRecord, Outcome
 from crumplezone.workers.incident import Case, Reporter
-from crumplezone.workers.protocol import Join, Progress
+from crumplezone.workers.protocol import Generated, Join, Progress
 from crumplezone.workers.results import Completion, Rung, Sampling
 from crumplezone.workers.runner import RefusedError, Runner
 from crumplezone.workers.safe import Descent
@@ -32,12 +33,10 @@ class _Running:
     produced: list[int] = field(default_factory=list)
     text: bytearray = field(default_factory=bytearray)
 
-    def take(self, progress: Progress) -> str:
-        """Add what came back; returns the finish reason or an empty string."""
-        self.produced += progress.tokens[: self.max_tokens - len(self.produced)]
+    def take(self, progress: Progress) -> None:
+        """Add what came back."""
+        self.produced += progress.tokens
         self.text += progress.text
-        # A cell that never said so would be asked for ever.
-        return progress.finished or ("length" if len(self.produced) >= self.max_tokens else "")
 
     def done(
         self, reason: str, rung: Rung, error: CrumplezoneError | None = None, reports: tuple[str, ...] = ()
@@ -69,41 +68,56 @@ class Generation:
     ) -> None:
         self._native, self._descent, self._reporter = native, descent, reporter
         self._sampling = sampling
+        self._cells = [native, *([descent.runner] if descent else [])]  # those not yet refused, best first
+        self._refusal = ""
         self._running: dict[int, _Running] = {}
         self._pid: int | None = None  # the cell that knows the running sequences
 
     def run(self, prompts: list[tuple[int, str]]) -> Generator[Completion, None, None]:
         """Yield completions as they finish."""
-        queue = iter(prompts)
+        queue = deque(prompts)
         free = list(range(self._native.config.n_seq_max))[::-1]
-        more = True
-        while more or self._running:
+        while queue or self._running:
             joins = []
-            while more and free:
-                item = next(queue, None)
-                if item is None:
-                    more = False
-                    break
-                admitted = self._admit(*item)
+            while queue and free:
+                admitted = self._admit(*queue.popleft())
                 if isinstance(admitted, Completion):
                     yield admitted
                     continue
                 seq_id = free.pop()
                 self._running[seq_id] = admitted
                 joins.append(admitted.join(seq_id, self._sampling))
-            if not self._running:
-                continue
-            for completion, seq_id in self._advance(joins):
-                free.append(seq_id)
-                yield completion
+            if self._running:
+                for completion, seq_id in self._advance(joins):
+                    free.append(seq_id)
+                    yield completion
+
+    def _cell(self) -> Runner:
+        """The native cell, or the safe one where no native one can be had: it may still run.
+
+        Raises:
+            CrumplezoneError: Neither can be had. A cell that was refused once is not asked for again.
+        """
+        while self._cells:
+            try:
+                self._cells[0].start()
+            except CrumplezoneError as error:
+                self._refusal = str(error)
+                del self._cells[0]
+            else:
+                return self._cells[0]
+        raise CrumplezoneError(self._refusal)
 
     def _admit(self, index: int, prompt: str) -> _Running | Completion:
+        def failed(error: CrumplezoneError, *reports: str) -> Completion:
+            return Completion(index, prompt, "", [], "error", Rung.NATIVE, error, reports)
+
         try:
             try:
-                tokens = self._native.tokenize(prompt)
+                tokens = self._cell().tokenize(prompt)
             except CellDied as died:  # perhaps of something older than this prompt: a new cell will tell
                 self._report_tokenizer(index, died, "the tokenizer was asked again in a new cell")
-                tokens = self._native.tokenize(prompt)
+                tokens = self._cell().tokenize(prompt)
             n_ctx_seq = self._native.info.n_ctx_seq
             if not 0 < len(tokens) < n_ctx_seq:
                 limit = f"the context holds {n_ctx_seq} tokens per sequence, one of them to generate"
@@ -112,72 +126,77 @@ class Generation:
             path = self._report_tokenizer(
                 index, died, f"prompt {index} crashes the tokenizer and failed alone"
             )
-            error: CrumplezoneError = SequenceError(index, "llama.cpp died while tokenising it", path)
-            return Completion(index, prompt, "", [], "error", Rung.NATIVE, error, (path,))
+            return failed(SequenceError(index, "llama.cpp died while tokenising it", path), path)
         except (CellRefused, InputError) as refused:
-            return Completion(index, prompt, "", [], "error", Rung.NATIVE, refused)
+            return failed(refused)
+        except (CrumplezoneError, OSError) as refused:  # no cell, or no memory for its arena
+            return failed(SequenceError(index, str(refused)))
         return _Running(index, prompt, tokens, min(self._sampling.max_tokens, n_ctx_seq - len(tokens)))
 
     def _report_tokenizer(self, index: int, died: CellDied, result: str) -> str:
-        config, info = self._native.config, self._native.info
+        config, info = self._cells[0].config, self._native.info
         return self._reporter.file_lone(died.incident, "tokenize", result, config, info, [index])
 
     def _advance(self, joins: list[tuple[Join, npt.NDArray[np.int32]]]) -> Iterator[tuple[Completion, int]]:
-        chunk = self._native.info.n_batch
-        pid = self._native.start().pid
-        reset = pid != self._pid
-        if reset:  # a new cell knows none of the running sequences; an old one, those of an earlier call
-            joins = [running.join(seq_id, self._sampling) for seq_id, running in self._running.items()]
-            self._pid = pid
         start = time.perf_counter()
         try:
-            generated = self._native.generate(joins, STEPS, chunk, reset=reset)
-        except (CellDied, CellRefused, RefusedError) as error:
-            yield from self._descend(error, chunk, (time.perf_counter() - start) * 1000)
+            generated = self._generate(joins)
+        except (RefusedError, CrumplezoneError, OSError) as error:  # also: no native cell could be had
+            yield from self._descend(error, (time.perf_counter() - start) * 1000)
             return
         for progress in generated.progress:
-            running = self._running.get(progress.seq_id)
-            reason = running.take(progress) if running else ""
-            if running and reason:
+            running = self._running[progress.seq_id]
+            running.take(progress)
+            if progress.finished:
                 del self._running[progress.seq_id]
-                yield running.done(reason, Rung.NATIVE), progress.seq_id
+                yield running.done(progress.finished, Rung.NATIVE), progress.seq_id
 
-    def _descend(
-        self, error: CellDied | CellRefused | RefusedError, chunk: int, ms: float
-    ) -> Iterator[tuple[Completion, int]]:
+    def _generate(self, joins: list[tuple[Join, npt.NDArray[np.int32]]]) -> Generated:
+        if self._cell() is not self._native:
+            raise CrumplezoneError(self._refusal)
+        reset = self._native.pid != self._pid
+        if reset:  # a new cell knows none of the running sequences; an old one, those of an earlier call
+            joins = [running.join(seq_id, self._sampling) for seq_id, running in self._running.items()]
+            self._pid = self._native.pid
+        return self._native.generate(joins, STEPS, self._native.info.n_batch, reset=reset)
+
+    def _descend(self, error: Exception, ms: float) -> Iterator[tuple[Completion, int]]:
         """Finish every sequence in flight on the safe rungs, from its last delivered token."""
         case = Case()
         indices = [running.index for running in self._running.values()]
         if isinstance(error, CellDied):
             joins = [running.join(seq_id, self._sampling) for seq_id, running in self._running.items()]
-            self._reporter.add(case, error.incident, Rung.NATIVE, self._native.last_batch(chunk, joins))
+            batch = self._native.last_batch(self._native.info.n_batch, joins)
+            self._reporter.add(case, error.incident, Rung.NATIVE, batch)
             case.step(Rung.NATIVE, Outcome.CRASHED, indices, str(error), ms)
         else:
             case.step(Rung.NATIVE, Outcome.REFUSED, indices, str(error), ms)
             self._native.close()
+        finished = 0
         try:
             for seq_id, running in list(self._running.items()):
                 del self._running[seq_id]
-                yield self._finish_safely(running, case, error), seq_id
+                completion = self._finish_safely(running, case, error)
+                finished += completion.error is None
+                yield completion, seq_id
         finally:
-            cured = len(indices) - len(case.blamed)
-            case.result = f"{cured} of {len(indices)} prompts in flight finished by {Rung.SAFE}"
+            case.result = f"{finished} of {len(indices)} prompts in flight finished by {Rung.SAFE}"
             self._reporter.file(case, self._native.config, self._native.info)
 
-    def _finish_safely(
-        self, running: _Running, case: Case, native_error: CellDied | CellRefused | RefusedError
-    ) -> Completion:
+    def _finish_safely(self, running: _Running, case: Case, native_error: Exception) -> Completion:
         paths = tuple(case.reports)
         if self._descent is None:
             problem = CrumplezoneError(f"prompt {running.index}: {native_error}; safe_fallback is off")
             return running.done("error", Rung.NATIVE, problem, paths)
 
         def work(runner: Runner, chunk: int) -> str:
-            joins, reason = [running.join(0, self._sampling)], ""
-            while not reason:
-                generated = runner.generate(joins, STEPS, chunk, reset=bool(joins))
-                reason, joins = running.take(generated.progress[0]), []
-            return reason
+            joins = [running.join(0, self._sampling)]
+            while True:
+                (progress,) = runner.generate(joins, STEPS, chunk, reset=bool(joins)).progress
+                running.take(progress)
+                if progress.finished:
+                    return progress.finished
+                joins = []
 
         def batch(chunk: int) -> BatchRecord:
             assert self._descent is not None

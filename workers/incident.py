@@ -45,12 +45,18 @@ class _Crash:
 
 @dataclass
 class Case:
-    """One job: the rungs it tried, the crashes it met, and how it ended."""
+    """One job: the rungs it tried, the crashes it met, and how it ended.
+
+    Attributes:
+        blamed: Sequences that failed and were seen to crash alone.
+        no_cell: Why no safe cell can be had, or an empty string.
+    """
 
     steps: list[LadderStep] = field(default_factory=list)
     crashes: list[_Crash] = field(default_factory=list)
     blamed: list[int] = field(default_factory=list)
     result: str = ""
+    no_cell: str = ""
 
     @property
     def reports(self) -> list[str]:

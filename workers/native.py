@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
@@ -16,15 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.sandbox.child import Room
+from crumplezone.workers import native_memory
 from crumplezone.workers.engine import Engine
 from crumplezone.workers.protocol import (
+    Adapt,
+    Adapted,
     CellConfig,
     CellInfo,
     Decode,
     Decoded,
     Generate,
     Generated,
+    Load,
+    MemoryOperation,
+    Remembered,
     Request,
+    Resize,
+    Save,
+    Saved,
     Tokenize,
     Tokenized,
     batch_shapes,
@@ -36,6 +46,7 @@ _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERR
 _CONTINUES = 5  # GGML_LOG_LEVEL_CONT
 _INT32 = ctypes.POINTER(ctypes.c_int32)
 _INT8 = ctypes.POINTER(ctypes.c_int8)
+_FLOAT = ctypes.POINTER(ctypes.c_float)
 
 
 class LoadError(Exception):
@@ -109,6 +120,7 @@ class LlamaCell:
         self.memory = C.llama_get_memory(self.context)
         self._info = self._describe()
         self._engine = Engine(self)
+        self._adapters = native_memory.Adapters(self.model)
 
     def info(self) -> CellInfo:
         """Facts of the loaded model."""
@@ -116,11 +128,27 @@ class LlamaCell:
 
     def handle(self, request: Request) -> msgspec.Struct:
         """Answer one request."""
-        if isinstance(request, Decode):
-            return Decoded(self._decode(request))
-        if isinstance(request, Tokenize):
-            return Tokenized(self._tokenize(request.n_bytes))
-        return self._generate(request)
+        match request:
+            case Decode():
+                return self._decode(request)
+            case Tokenize():
+                return Tokenized(self._tokenize(request.n_bytes))
+            case Generate():
+                return self._generate(request)
+            case MemoryOperation():
+                with self.recorder.phase(request.name, request.seq_id):
+                    return self._remembered(native_memory.operate(self.memory, request))
+            case Save():
+                return Saved(self._save(request.seq_id))
+            case Load():
+                (state,) = self._arena.arrays([("u1", request.size)])
+                return self._remembered(native_memory.load(self.context, request.seq_id, state))
+            case Resize():
+                self._resize(request)
+                return self._info
+            case Adapt():
+                self._adapt(request)
+                return Adapted()
 
     def _load_model(self) -> Any:
         params = C.llama_model_default_params()
@@ -172,44 +200,95 @@ class LlamaCell:
         if self.memory:
             C.llama_memory_clear(self.memory, True)
 
-    def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int, *, encode: bool = False) -> int:
+    def run(
+        self,
+        arrays: list[npt.NDArray[Any]],
+        begin: int,
+        end: int,
+        *,
+        n_embd: int = 0,
+        encode: bool = False,
+        nulls: Sequence[str] = (),
+    ) -> int:
         """One native call over tokens ``begin`` to ``end`` of a batch laid out as `batch_shapes`."""
-        tokens, positions, seq_ids, outputs, n_seq_id, pointers = arrays
-        n_seq_id[begin:end] = 1
-        pointers[begin:end] = seq_ids.ctypes.data + 4 * np.arange(begin, end, dtype=np.uint64)
+        rows, positions, seq_ids, outputs, n_seq_id, pointers = arrays
+        counts = np.maximum(n_seq_id, 0).astype(np.uint64)
+        pointers[:] = seq_ids.ctypes.data + 4 * (np.cumsum(counts) - counts)
+        for name in nulls:
+            if name.startswith("seq_id["):
+                pointers[int(name[7:-1])] = 0
+
+        def at(name: str, array: npt.NDArray[Any], kind: Any, width: int = 1) -> Any:
+            begins = array.ctypes.data + array.itemsize * width * begin
+            return ctypes.cast(0 if name in nulls else begins, kind)
+
         batch: Any = C.llama_batch()
         batch.n_tokens = end - begin
-        batch.token = ctypes.cast(tokens.ctypes.data + 4 * begin, _INT32)
-        batch.pos = ctypes.cast(positions.ctypes.data + 4 * begin, _INT32)
-        batch.n_seq_id = ctypes.cast(n_seq_id.ctypes.data + 4 * begin, _INT32)
-        batch.seq_id = ctypes.cast(pointers.ctypes.data + 8 * begin, ctypes.POINTER(_INT32))
-        batch.logits = ctypes.cast(outputs.ctypes.data + begin, _INT8)
-        name, call = ("encode", C.llama_encode) if encode else ("decode", C.llama_decode)
-        with self.recorder.phase(name, end - begin):
+        batch.token = None if n_embd else at("token", rows, _INT32)
+        batch.embd = at("embd", rows, _FLOAT, n_embd) if n_embd else None
+        batch.pos = at("pos", positions, _INT32)
+        batch.n_seq_id = at("n_seq_id", n_seq_id, _INT32)
+        batch.seq_id = at("seq_id", pointers, ctypes.POINTER(_INT32))
+        batch.logits = at("logits", outputs, _INT8)
+        what, call = ("encode", C.llama_encode) if encode else ("decode", C.llama_decode)
+        with self.recorder.phase(what, end - begin):
             return int(call(self.context, batch))
 
-    def _decode(self, request: Decode) -> int:
+    def _decode(self, request: Decode) -> Decoded:
         with self.recorder.phase("build", request.n_tokens):
-            shapes = batch_shapes(request.n_tokens)
+            shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
             *batch, logits, embeddings = self._arena.arrays([*shapes, *row_shapes(request, self._info)])
+            if request.n_seq_ids < 0:
+                batch[4][:] = 1
             wanted = batch[3].copy()
             C.llama_set_embeddings(self.context, request.embeddings)
             if request.embeddings:  # llama.cpp then insists on every token being an output, and warns
                 batch[3][:] = 1
-            self.clear()
-        n_tokens, chunk, row = request.n_tokens, request.chunk or request.n_tokens, 0
+            if request.fresh:
+                self.clear()
+        options: Any = {"n_embd": request.n_embd, "encode": request.encode, "nulls": request.nulls}
+        n_tokens, chunk, row, rc = request.n_tokens, request.chunk or request.n_tokens, 0, 0
         for begin in range(0, n_tokens, chunk):
             end = min(begin + chunk, n_tokens)
-            rc = self.run(batch, begin, end, encode=request.encode)
+            rc = self.run(batch, begin, end, **options)
             if rc:
-                return rc
+                break
             outputs = np.flatnonzero(wanted[begin:end]).tolist()
             with self.recorder.phase("copy", len(outputs)):
                 for i in outputs:
                     self._copy(C.llama_get_logits_ith, i, logits, row, self._info.n_vocab)
                     self._copy(C.llama_get_embeddings_ith, i, embeddings, row, self._info.n_embd)
                     row += 1
-        return 0
+        return Decoded(rc, native_memory.spans(self.memory, self._sequences(np.unique(batch[2]).tolist())))
+
+    def _sequences(self, seq_ids: Iterable[int]) -> list[int]:
+        """Those that exist: of any other, llama.cpp would abort."""
+        return [seq_id for seq_id in seq_ids if 0 <= seq_id < self.config.n_seq_max]
+
+    def _remembered(self, done: bool) -> Remembered:
+        return Remembered(done, native_memory.spans(self.memory, range(self.config.n_seq_max)))
+
+    def _save(self, seq_id: int) -> int:
+        size = int(C.llama_state_seq_get_size(self.context, seq_id))
+        if size > self._arena.room:  # to be asked again, with more
+            return size
+        (room,) = self._arena.arrays([("u1", size)])
+        return native_memory.save(self.context, seq_id, room)
+
+    def _resize(self, request: Resize) -> None:
+        C.llama_free(self.context)
+        self.config = msgspec.structs.replace(self.config, n_ctx=request.n_ctx, n_seq_max=request.n_seq_max)
+        self.context = self._make_context()
+        self.memory = C.llama_get_memory(self.context)
+        self._info = self._describe()
+        self._engine = Engine(self)
+
+    def _adapt(self, request: Adapt) -> None:
+        (vector,) = self._arena.arrays([("f4", request.n_floats)])
+        self._adapters.lora(self.context, request.paths, request.scales)
+        self._adapters.control(
+            self.context, vector, self._info.n_embd, request.first_layer, request.last_layer
+        )
 
     def _copy(self, get: Any, index: int, into: npt.NDArray[Any], row: int, width: int) -> None:
         if not len(into):

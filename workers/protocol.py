@@ -10,6 +10,7 @@ from crumplezone.sandbox.arena import Shape
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Position = Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]
 
 
 class CellConfig(msgspec.Struct, frozen=True):
@@ -39,8 +40,16 @@ class CellInfo(msgspec.Struct, frozen=True):
     llama_cpp: str
 
 
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """What the memory holds of one sequence: its smallest and largest position, -1 if nothing."""
+
+    seq_id: Annotated[int, msgspec.Meta(ge=0, lt=256)]
+    begin: Position
+    last: Position
+
+
 class Decode(msgspec.Struct, tag="decode", frozen=True):
-    """Clear the memory and decode (or encode) the batch in the arena (`batch_shapes`).
+    """Decode (or encode) the batch in the arena (`batch_shapes`).
 
     The reply's rows lie behind the batch (`row_shapes`), one per output, in the batch's order.
     """
@@ -51,12 +60,75 @@ class Decode(msgspec.Struct, tag="decode", frozen=True):
     embeddings: bool
     encode: bool = False
     chunk: int = 0  # tokens per native call; 0: all in one
+    fresh: bool = True  # clear the memory first
+    n_seq_ids: int = -1  # entries of all seq_id arrays together; -1: one for each token
+    n_embd: int = 0  # the batch has vectors of this size instead of tokens
+    nulls: list[str] = []  # fields to be passed as NULL, see `Columns.nulls`
 
 
 class Decoded(msgspec.Struct, frozen=True):
     """Return code of the native call: see docs/architecture.md for what each means."""
 
     rc: int
+    spans: list[Span] = []  # of the sequences in the batch
+
+
+class MemoryOperation(msgspec.Struct, tag="memory", frozen=True):
+    """One operation on the memory; names and meanings are those of ``llama_memory_*``."""
+
+    name: Literal["clear", "remove", "copy", "keep", "shift"]
+    seq_id: int = 0
+    begin: int = -1
+    end: int = -1
+    target: int = 0
+    delta: int = 0
+
+
+class Save(msgspec.Struct, tag="save", frozen=True):
+    """Write the state of a sequence into the arena."""
+
+    seq_id: int
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """How many bytes of state lie in the arena, or how many there would be if there were ``room``."""
+
+    size: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+
+
+class Load(msgspec.Struct, tag="load", frozen=True):
+    """Replace a sequence by the state of ``size`` bytes in the arena."""
+
+    seq_id: int
+    size: int
+
+
+class Remembered(msgspec.Struct, frozen=True):
+    """Whether it was done, and what every sequence holds now."""
+
+    done: bool
+    spans: list[Span]
+
+
+class Resize(msgspec.Struct, tag="resize", frozen=True):
+    """Make a new, empty context over the same model."""
+
+    n_ctx: int
+    n_seq_max: int
+
+
+class Adapt(msgspec.Struct, tag="adapt", frozen=True):
+    """Use these LoRA adapters, and the control vector of ``n_floats`` in the arena (none: remove it)."""
+
+    paths: list[str]
+    scales: list[float]
+    n_floats: int = 0
+    first_layer: int = 0
+    last_layer: int = 0
+
+
+class Adapted(msgspec.Struct, frozen=True):
+    """Done."""
 
 
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
@@ -106,12 +178,14 @@ class Generated(msgspec.Struct, frozen=True):
     progress: list[Progress]
 
 
-Request = Decode | Tokenize | Generate
+Request = Decode | Tokenize | Generate | MemoryOperation | Save | Load | Resize | Adapt
 
 
-def batch_shapes(n_tokens: int) -> list[Shape]:
-    """tokens, positions, seq_ids, outputs, n_seq_id (ones) and seq_id pointers (child only)."""
-    return [("i4", n_tokens)] * 3 + [("i1", n_tokens), ("i4", n_tokens), ("u8", n_tokens)]
+def batch_shapes(n_tokens: int, n_seq_ids: int = -1, n_embd: int = 0) -> list[Shape]:
+    """Tokens (or vectors), positions, seq_ids, outputs, n_seq_id and seq_id pointers (child only)."""
+    first = ("f4", n_tokens * n_embd) if n_embd else ("i4", n_tokens)
+    flat = n_tokens if n_seq_ids < 0 else n_seq_ids
+    return [first, ("i4", n_tokens), ("i4", flat), ("i1", n_tokens), ("i4", n_tokens), ("u8", n_tokens)]
 
 
 def row_shapes(request: Decode, info: CellInfo) -> list[Shape]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, ModelError, UsageError
+from crumplezone.errors import (
+    CellDied,
+    CellRefused,
+    CrumplezoneError,
+    ModelError,
+    UsageError,
+    check_integer,
+)
 from crumplezone.reports import text
 from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Generating, Report
 from crumplezone.sandbox.cell import Cell, CellSpec
 from crumplezone.workers.batch import Entry
+from crumplezone.workers.flight import Flight
 from crumplezone.workers.incident import Reporter
+from crumplezone.workers.model import check_file
 from crumplezone.workers.protocol import (
     CellConfig,
     CellInfo,
@@ -28,6 +38,7 @@ from crumplezone.workers.protocol import (
     batch_shapes,
     row_shapes,
 )
+from crumplezone.workers.settings import check_number
 
 Column = npt.NDArray[Any] | list[int] | list[bool]
 
@@ -68,10 +79,20 @@ class Ask:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds for one native call, and bytes of resident memory for one cell."""
+    """Seconds for one native call, and bytes of resident memory for one cell; None: no limit.
+
+    Raises:
+        InputError: One is out of range.
+    """
 
     deadline: float | None
     memory: int | None
+
+    def __post_init__(self) -> None:
+        if self.deadline is not None:
+            check_number("deadline", self.deadline, 1e-3, 1e7)
+        if self.memory is not None:
+            check_integer("memory_limit", self.memory, 1, 2**63 - 1)
 
 
 class Runner:
@@ -91,6 +112,7 @@ class Runner:
         self._target = target
         self._cell: Cell | None = None
         self._info: CellInfo | None = None
+        self._flight = Flight(0)
         self._shut = False
 
     @property
@@ -121,12 +143,14 @@ class Runner:
 
         Raises:
             ModelError: The model or the context could not be made.
+            CrumplezoneError: The machine has no process or descriptor for it.
             CellDied: The loader crashed, and there is no reporter.
             UsageError: It was shut.
         """
         if self._shut:
             raise UsageError("this decoder is closed: make a new one")
         if self._cell is None or not self._cell.alive:
+            check_file(Path(self.config.model))  # it may be gone since the last cell
             spec = CellSpec(self._target, self.config, memory_limit=self._limits.memory)
             try:
                 self._cell = Cell(spec)
@@ -135,6 +159,9 @@ class Runner:
                 if error.kind == "LoadError":
                     raise ModelError(self.config.model, f"llama.cpp cannot load it: {error}") from error
                 raise CrumplezoneError(f"the cell did not start: {error.kind}: {error}") from error
+            except OSError as error:
+                remedy = "free memory, processes or file descriptors"
+                raise CrumplezoneError(f"no cell could be started ({error}): {remedy}") from error
             except CellDied as died:
                 if self._reporter is None:
                     raise
@@ -207,9 +234,7 @@ class Runner:
         room[:] = np.frombuffer(raw, np.uint8)
         n_tokens = cell.call(Tokenize(len(raw)), Tokenized, self._limits.deadline).n_tokens
         if not 0 <= n_tokens <= len(raw) + 16:
-            raise CrumplezoneError(
-                f"the cell tokenised {len(raw)} bytes into {n_tokens} tokens: it cannot be trusted"
-            )
+            raise cell.condemn(Exit.PROTOCOL, f"the cell made {n_tokens} tokens of {len(raw)} bytes")
         (tokens,) = cell.arena.arrays([("i4", n_tokens)])
         return tokens.copy()
 
@@ -228,6 +253,10 @@ class Runner:
             CellDied: The cell was lost.
         """
         cell = self.start()
+        if reset:
+            self._flight = Flight(self.info.n_vocab)
+        for join, _ in joins:
+            self._flight.join(join)
         # Reserved once: both sides cut the same memory, first for the prompts, then for the batch.
         cell.arena.reserve(batch_shapes(chunk))
         for room, (_, tokens) in zip(
@@ -242,8 +271,8 @@ class Runner:
                 raise cell.condemn(Exit.NON_FINITE, str(refused)) from refused
             raise
         self._check(generated.rc)
-        if not generated.progress:
-            raise CellRefused("Generate", "no sequence moved")
+        if problem := self._flight.land(generated, steps * chunk):
+            raise cell.condemn(Exit.PROTOCOL, f"the cell {problem}")
         return generated
 
     def last_batch(self, chunk: int, joins: Sequence[tuple[Join, npt.NDArray[np.int32]]]) -> BatchRecord:

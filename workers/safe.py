@@ -15,10 +15,10 @@ from crumplezone.reports.schema import BatchRecord, Outcome
 from crumplezone.reports.store import default_directory
 from crumplezone.workers.batch import Batch, Entry, record
 from crumplezone.workers.incident import Case, Reporter
-from crumplezone.workers.model import check_file
 from crumplezone.workers.protocol import CellConfig
 from crumplezone.workers.results import Result, Rung, SequenceResult
 from crumplezone.workers.runner import Ask, Limits, RefusedError, Runner
+from crumplezone.workers.settings import configure
 
 _T = TypeVar("_T")
 
@@ -48,6 +48,9 @@ class Descent:
             work: Called with the runner and the most tokens per native call.
             batch: Called with the same number after a crash: what was being decoded.
         """
+        if no_cell := self._no_cell(case):
+            case.step(Rung.SAFE, Outcome.REFUSED, [seq_id], no_cell)
+            return None, Rung.SAFE, SequenceError(seq_id, no_cell)
         problem, report = "", None
         for rung, chunk in ((Rung.SAFE, self.runner.n_batch), (Rung.TOKEN, 1)):
             start = time.perf_counter()
@@ -56,14 +59,24 @@ class Descent:
             except CellDied as died:
                 report = self._reporter.add(case, died.incident, rung, batch(chunk), self.runner.config)
                 problem, outcome = str(died), Outcome.CRASHED
-            except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
+            except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no second cell could be had
                 problem, outcome = str(refused), Outcome.REFUSED
             else:
                 case.step(rung, Outcome.OK, [seq_id], ms=(time.perf_counter() - start) * 1000)
                 return done, rung, None
             case.step(rung, outcome, [seq_id], problem, (time.perf_counter() - start) * 1000)
-        case.blamed.append(seq_id)
+        if report:
+            case.blamed.append(seq_id)
         return None, Rung.TOKEN, SequenceError(seq_id, problem, report)
+
+    def _no_cell(self, case: Case) -> str:
+        """Why no safe cell can be had, or an empty string. A job that was refused one asks no more."""
+        if not case.no_cell:
+            try:
+                self.runner.start()
+            except CrumplezoneError as error:
+                case.no_cell = str(error)
+        return case.no_cell
 
     def decode(self, entry: Entry, ask: Ask, case: Case) -> SequenceResult:
         """One sequence of a batch. Without an encoder, encoding is decoding, with a row per token."""
@@ -74,9 +87,7 @@ class Descent:
             entry.seq_id,
             case,
             lambda runner, chunk: runner.decode([alone], ask, chunk),
-            lambda chunk: msgspec.structs.replace(
-                record([alone], operation), chunk=chunk, embeddings=ask.embeddings
-            ),
+            lambda chunk: record([alone], operation, chunk=chunk, embeddings=ask.embeddings),
         )
         return SequenceResult(entry, rows, rung, error)
 
@@ -86,14 +97,15 @@ class SafeBatchProcessor:
 
     Args:
         model: Path of a GGUF file.
-        n_ctx: Tokens of context for a sequence.
+        n_ctx: Tokens of context for a sequence; 0 for 1024.
         n_batch: Most tokens per native call.
-        n_threads: Threads of the cell.
+        n_threads: Threads of the cell; 0 for one per available core.
         deadline: Seconds until a native call counts as hung, or None.
         reports: The report store; None for the default place.
         redact: Keep token ids, prompt text and paths out of the reports.
 
     Raises:
+        InputError: A parameter is out of range.
         ModelError: The file cannot be a model.
     """
 
@@ -108,11 +120,10 @@ class SafeBatchProcessor:
         reports: str | Path | None = None,
         redact: bool = False,
     ) -> None:
-        path = Path(model).absolute()
-        check_file(path)
-        self._config = CellConfig(str(path), n_ctx, n_batch, min(512, n_batch), 1, n_threads)
+        self._config = configure(model, n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
+        limits = Limits(deadline, None)
         self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
-        self._descent = Descent(self._config, Limits(deadline, None), self._reporter)
+        self._descent = Descent(self._config, limits, self._reporter)
 
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
         """Decode each sequence from empty memory; a sequence that crashes alone fails alone.
@@ -126,9 +137,8 @@ class SafeBatchProcessor:
         case = Case()
         ask = Ask(embeddings=embeddings)
         sequences = [self._descent.decode(entry, ask, case) for entry in batch.entries]
-        case.result = (
-            f"{len(sequences) - len(case.blamed)} of {len(sequences)} sequences decoded one at a time"
-        )
+        done = sum(not each.error for each in sequences)
+        case.result = f"{done} of {len(sequences)} sequences decoded one at a time"
         self._reporter.file(case, self._config, info)
         return Result(sequences, case.reports)
 

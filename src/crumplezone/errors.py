@@ -42,10 +42,14 @@ def check_integer(
 ) -> None:
     """Raise `InputError` (or a kind of it) unless a value is an integer from ``low`` to ``high``."""
     limit = f"must be from {low} to {high}{why}"
-    # numpy's integers are no int, but know __index__; so does bool, which nobody means here.
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        # numpy's integers are no int, but know __index__; so does bool, which nobody means here.
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
         raise error(field, value, f"must be an integer; {limit}")
-    if not low <= operator.index(value) <= high:
+    if not low <= number <= high:
         raise error(field, value, limit)
 
 
@@ -116,6 +120,15 @@ class BatchError(CrumplezoneError):
             f"native batch failed: {problem}{where}. Pass safe_fallback=True to get the results."
         )
         self.report = report
+
+
+class MemoryLostError(CrumplezoneError):
+    """A decoder's memory that no new cell could be given after a crash. It is empty now."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"the memory could not be given to a new cell ({problem}); it is empty now: decode from 0 again"
+        )
 
 
 class NotShownError(CrumplezoneError):

@@ -151,8 +151,8 @@ def prune(
 
 app = typer.Typer(
     help="Look at crash reports, run them again, and hand them on.",
-    epilog="Exit codes: 0 done; 1 the crash was not shown (replay, minimise, script); 2 bad usage or input, such "
-    "as an unknown id; 3 the model did not load, or the machine refused; 130 interrupted "
+    epilog="Exit codes: 0 done; 1 the crash was not shown (replay, minimise, script); 2 bad usage or input, "
+    "such as an unknown id; 3 the model did not load, or the machine refused; 130 interrupted "
     "(minimise keeps the best so far).",
     no_args_is_help=True,
     rich_markup_mode=None,

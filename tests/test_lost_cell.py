@@ -1,0 +1,136 @@
+"""A cell that died and cannot be had again, in the middle of a job: what was produced is kept."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crumplezone import Batch, Completion, Decoder, Rung
+from crumplezone.errors import BatchError, CrumplezoneError, ModelError, SequenceError
+from crumplezone.reports.schema import Exit
+from crumplezone.reports.store import Store
+from tests.poison import Poison
+from tests.support import Dose, Open, outcome, reports_of
+
+BATCH = Batch.of([[4, 5, 6], [7, 8]])
+# Two at a time: two finish, the third dies at position 31 beside the fourth, and the fifth has to wait.
+PROMPTS = ["abcd", "efgh", "a longer prompt", "ijkl", "mnop"]
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A model to be taken away. A cell that runs has mapped it and goes on."""
+    return Path(shutil.copy(tiny, tmp_path / "model.gguf"))
+
+
+def generate(decoder: Decoder) -> list[Completion]:
+    return list(decoder.generate(PROMPTS, max_tokens=20))
+
+
+def kill(decoder: Decoder) -> None:
+    assert decoder.pid is not None
+    os.kill(decoder.pid, signal.SIGKILL)
+
+
+def test_prompts_in_flight_and_in_the_queue_get_an_error(
+    model: Path, make: Open, store: Store, dose: Dose, tmp_path: Path
+) -> None:
+    undisturbed = generate(make(model, 2))
+    dose(Poison(position=31, once=str(tmp_path / "crashed")))
+    decoder = make(model, 2)
+    model.unlink()
+    completions = generate(decoder)
+    assert outcome(completions[:2]) == outcome(undisturbed[:2])
+    assert [c.error for c in completions[:2]] == [None, None]
+    for lost, whole in zip(completions[2:], undisturbed[2:], strict=True):
+        assert lost.index == whole.index
+        assert isinstance(lost.error, SequenceError)
+        assert f"model {model}: cannot be read (No such file or directory)" in str(lost.error)
+        assert lost.finish_reason == "error"
+        assert lost.tokens == whole.tokens[: len(lost.tokens)]
+        assert whole.text.startswith(lost.text)
+    assert [len(lost.tokens) for lost in completions[2:]] == [16, 16, 0]
+    (report,) = reports_of(decoder, store)
+    assert report.evidence.exit == Exit.SIGNAL
+    assert report.blamed == []
+    assert [c.reports for c in completions] == [(), (), *[(str(store.path(report.id)),)] * 2, ()]
+
+
+def test_a_safe_cell_that_runs_takes_everything_over(
+    model: Path, make: Open, dose: Dose, tmp_path: Path
+) -> None:
+    undisturbed = generate(make(model, 2))
+    dose(Poison(position=31, once=str(tmp_path / "crashed")))
+    decoder = make(model, 2)
+    reference = decoder.decode(BATCH)
+    decoder.encode(BATCH)  # preflight: by the safe cell, which is started for it
+    model.unlink()
+    completions = generate(decoder)
+    assert outcome(completions) == outcome(undisturbed)
+    assert [c.error for c in completions] == [None] * 5
+    assert [c.rung for c in completions] == [Rung.NATIVE] * 2 + [Rung.SAFE] * 3
+    result = decoder.decode(BATCH)
+    for seq_id in (0, 1):
+        assert result.rung(seq_id) == Rung.SAFE
+        np.testing.assert_allclose(result.logits(seq_id), reference.logits(seq_id), rtol=1e-3, atol=1e-3)
+
+
+def test_without_fallback_the_error_says_what_is_missing(
+    model: Path, make: Open, dose: Dose, tmp_path: Path
+) -> None:
+    dose(Poison(position=31, once=str(tmp_path / "crashed")))
+    decoder = make(model, 2, safe_fallback=False)
+    model.unlink()
+    completions = generate(decoder)
+    assert [c.error is None for c in completions] == [True, True, False, False, False]
+    assert [len(c.tokens) for c in completions[2:]] == [16, 16, 0]
+    assert "cannot be read" in str(completions[4].error)
+    with pytest.raises(BatchError, match=r"model\.gguf: cannot be read") as caught:
+        decoder.decode(BATCH)
+    assert caught.value.report is None
+    with pytest.raises(ModelError):
+        decoder.tokenize("abc")
+
+
+def test_a_model_that_shrinks_under_its_cell(model: Path, make: Open, store: Store) -> None:
+    decoder = make(model, 2)
+    whole = model.read_bytes()
+    os.truncate(model, len(whole) - 40_000)  # its pages are gone from the running cell too: SIGBUS
+    completions = generate(decoder)
+    assert [c.index for c in completions] == [0, 1, 2, 3, 4]
+    assert all("llama.cpp cannot load it" in str(c.error) for c in completions)
+    (report,) = reports_of(decoder, store)
+    assert report.evidence.fault is not None
+    assert report.evidence.fault.name == "SIGBUS"
+    result = decoder.decode(BATCH)
+    assert result.reports == []
+    assert list(result.errors) == [0, 1]
+    model.write_bytes(whole)
+    assert decoder.decode(BATCH).rung(0) == Rung.NATIVE
+
+
+def test_a_machine_without_descriptors(tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 2)
+    reference = decoder.decode(BATCH)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    kill(decoder)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        result = decoder.decode(BATCH)
+        (completion,) = decoder.generate(["abc"], max_tokens=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    errors: list[CrumplezoneError | None] = [*result.errors.values(), completion.error]
+    assert len(errors) == 3
+    assert all("Too many open files" in str(error) for error in errors)
+    again = decoder.decode(BATCH)
+    assert again.rung(0) == Rung.NATIVE
+    np.testing.assert_array_equal(again.logits(0), reference.logits(0))

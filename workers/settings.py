@@ -1,0 +1,59 @@
+"""Parameters of a cell, checked before one is started."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from crumplezone.errors import InputError, check_integer
+from crumplezone.workers.batch import LLAMA_MAX_SEQ
+from crumplezone.workers.model import check_file
+from crumplezone.workers.protocol import CellConfig
+
+INT32_MAX = 2**31 - 1
+N_UBATCH = 512  # most tokens per compute pass, as in llama_context_default_params()
+_N_CTX_SEQ = 1024  # tokens per sequence, where nobody says
+
+
+def configure(
+    model: str | Path,
+    *,
+    n_ctx: int,
+    n_batch: int,
+    n_ubatch: int = N_UBATCH,
+    n_seq_max: int = 1,
+    n_threads: int,
+    n_gpu_layers: int = 0,
+) -> CellConfig:
+    """Model and context parameters that llama.cpp can be given; see `Decoder` for what they mean.
+
+    Raises:
+        InputError: A parameter is out of range.
+        ModelError: The file cannot be a model.
+    """
+    check_integer("n_seq_max", n_seq_max, 1, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
+    check_integer("n_ctx", n_ctx, 0, INT32_MAX)
+    if 0 < n_ctx < n_seq_max:
+        raise InputError("n_ctx", n_ctx, f"must give each of the {n_seq_max} sequences at least one token")
+    # llama_context::output_reserve asserts this when the context is made (src/llama-context.cpp, 0c1e57098).
+    check_integer("n_batch", n_batch, n_seq_max, INT32_MAX, f" (one token for each of {n_seq_max} sequences)")
+    check_integer("n_ubatch", n_ubatch, 1, INT32_MAX)
+    check_integer("n_threads", n_threads, 0, 512)
+    check_integer("n_gpu_layers", n_gpu_layers, -1, 2**20)
+    path = Path(model).absolute()
+    check_file(path)
+    return CellConfig(
+        model=str(path),
+        n_ctx=int(n_ctx) or _N_CTX_SEQ * int(n_seq_max),
+        n_batch=int(n_batch),
+        n_ubatch=int(min(n_ubatch, n_batch)),
+        n_seq_max=int(n_seq_max),
+        n_threads=int(n_threads) or len(os.sched_getaffinity(0)),
+        n_gpu_layers=int(n_gpu_layers),
+    )
+
+
+def check_number(field: str, value: object, low: float, high: float) -> None:
+    """Raise `InputError` unless a value is a number from ``low`` to ``high``; NaN is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InputError(field, value, f"must be a number from {low:g} to {high:g}")
