@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,20 @@ import psutil
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, ModelError, UsageError
 from crumplezone.errors import check_integer as check
 from crumplezone.reports import schema
-from crumplezone.reports.schema import BatchRecord, Evidence, Outcome, Report, Signature, Verdict
+from crumplezone.reports.schema import BatchRecord, Evidence, Held, Outcome, Report, Signature, Verdict
 from crumplezone.reports.signature import sign
 from crumplezone.reports.verdict import verdict_after
-from crumplezone.workers.batch import LLAMA_MAX_SEQ
+from crumplezone.workers.calls import Ask, Limits, RefusedError
+from crumplezone.workers.columns import LLAMA_MAX_SEQ, Columns
 from crumplezone.workers.generation import STEPS
 from crumplezone.workers.incident import environment
 from crumplezone.workers.model import check_file, describe
 from crumplezone.workers.protocol import CellConfig, Join
-from crumplezone.workers.runner import Ask, Limits, RefusedError, Runner
+from crumplezone.workers.runner import Runner
 
 RUNS_MAX = 1000
 TOKENS_MAX = 2**20
+_NULL = re.compile(r"pos|n_seq_id|seq_id|logits|seq_id\[\d{1,7}\]")
 _INT32 = (-(2**31), 2**31 - 1)
 _CONTEXT = {
     "n_ctx": (1, 2**24),  # llama.cpp clears this much memory before it looks at anything
@@ -145,9 +148,10 @@ def run(runner: Runner, batch: BatchRecord | None, report: Report) -> Run:
             _generate(runner, batch)
         else:
             encode = batch.operation == "encode"
-            columns = (batch.tokens, batch.positions, batch.seq_ids, batch.outputs)
             ask = Ask(logits=not encode, embeddings=encode or batch.embeddings, encode=encode)
-            runner.send(columns, ask, batch.chunk)
+            for place, held in enumerate(batch.held):
+                runner.send(_held_columns(held), Ask(logits=False), runner.n_batch, fresh=place == 0)
+            runner.send(columns_of(batch), ask, batch.chunk, fresh=not batch.held)
     except CellDied as died:
         return crashed(died.incident.evidence.result(), report)
     except (RefusedError, CellRefused) as refused:
@@ -157,6 +161,32 @@ def run(runner: Runner, batch: BatchRecord | None, report: Report) -> Run:
             return Run(Outcome.REFUSED, str(refused))
         raise
     return Run(Outcome.OK)
+
+
+def columns_of(batch: BatchRecord) -> Columns:
+    """A recorded batch as it was sent."""
+    ids = [[first, *batch.shared.get(str(i), [])] for i, first in enumerate(batch.seq_ids)]
+    return Columns(
+        tokens=np.array(batch.tokens, np.int32),
+        embd=None,
+        positions=np.array(batch.positions, np.int32),
+        n_seq_id=np.array([len(each) for each in ids], np.int32),
+        seq_ids=np.array([seq_id for each in ids for seq_id in each], np.int32),
+        outputs=np.array(batch.outputs, np.bool_),
+        nulls=frozenset(batch.nulls),
+    )
+
+
+def _held_columns(held: Held) -> Columns:
+    n = len(held.tokens)
+    return Columns(
+        tokens=np.array(held.tokens, np.int32),
+        embd=None,
+        positions=np.array(held.positions, np.int32),
+        n_seq_id=np.ones(n, np.int32),
+        seq_ids=np.full(n, held.seq_id, np.int32),
+        outputs=np.zeros(n, np.bool_),
+    )
 
 
 def crashed(evidence: Evidence, report: Report) -> Run:
@@ -265,6 +295,32 @@ def _check_batch(batch: BatchRecord) -> None:
             raise InputError(f"len(batch.{name})", len(getattr(batch, name)), limit)
     for name in ("tokens", "positions", "seq_ids"):
         _check_int32(f"batch.{name}", getattr(batch, name))
+    _check_unusual(batch, n_tokens)
+    for i, held in enumerate(batch.held):
+        field = f"batch.held[{i}]"
+        check(f"len({field}.tokens)", len(held.tokens), 1, TOKENS_MAX)
+        check(f"len({field}.positions)", len(held.positions), len(held.tokens), len(held.tokens))
+        check(f"{field}.seq_id", held.seq_id, *_INT32)
+        _check_int32(f"{field}.tokens", held.tokens)
+        _check_int32(f"{field}.positions", held.positions)
+
+
+def _check_unusual(batch: BatchRecord, n_tokens: int) -> None:
+    if batch.n_embd:
+        raise UsageError("this batch had vectors instead of tokens: reports do not keep them")
+    if batch.held_more:
+        raise UsageError("the memory held copies, shifts or saved states: reports do not keep those")
+    check("len(batch.shared)", len(batch.shared), 0, n_tokens)
+    for index, seq_ids in batch.shared.items():
+        if not index.isdecimal() or int(index) >= n_tokens:
+            raise InputError("batch.shared", index, f"must be indices below {n_tokens}")
+        check(f"len(batch.shared[{index}])", len(seq_ids), 0, LLAMA_MAX_SEQ)
+        _check_int32(f"batch.shared[{index}]", seq_ids)
+    for name in batch.nulls:
+        if not _NULL.fullmatch(name):
+            raise InputError("batch.nulls", name, "must be pos, n_seq_id, seq_id, logits or seq_id[INDEX]")
+        if name.startswith("seq_id[") and int(name[7:-1]) >= n_tokens:
+            raise InputError("batch.nulls", name, f"must be an index below {n_tokens}")
 
 
 def _check_generating(batch: BatchRecord) -> None:

@@ -266,8 +266,11 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
         drop="stack_bytes",
     ),
     schema.Generating: _fields(keep="seq_id max_tokens temperature seed", tokens="tokens"),
+    schema.Held: _fields(keep="seq_id positions", tokens="tokens"),
     schema.BatchRecord: _fields(
-        keep="positions seq_ids outputs operation chunk embeddings", tokens="tokens", structs="generating"
+        keep="positions seq_ids outputs operation chunk embeddings shared nulls n_embd held_more",
+        tokens="tokens",
+        structs="generating held",
     ),
     schema.ModelRecord: _fields(keep="size sha256 description", base="path"),
     schema.LadderStep: _fields(keep="rung outcome sequences ms", text="detail"),

@@ -166,6 +166,14 @@ class Generating(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int = 0
 
 
+class Held(msgspec.Struct, frozen=True):
+    """What the memory held of one sequence: tokens and their positions (parallel lists)."""
+
+    seq_id: int
+    tokens: list[int]
+    positions: list[int]
+
+
 class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """The batch that was being decoded, token by token (parallel lists of equal length)."""
 
@@ -177,6 +185,11 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     chunk: int = 0  # most tokens per native call; 0: all in one
     embeddings: bool = False  # whether hidden states were asked for
     generating: list[Generating] = []  # for generate, which starts from more than this batch
+    shared: dict[str, list[int]] = {}  # by index: the further sequences of a token that belongs to several
+    nulls: list[str] = []  # fields of llama_batch that were NULL: "pos", "seq_id[3]", ...
+    n_embd: int = 0  # the batch had vectors of this size instead of tokens; they are not kept
+    held: list[Held] = []  # what the memory held before, if it was made of plain tokens
+    held_more: bool = False  # it held something else too: copies, shifts, saved states, vectors
 
 
 class ModelRecord(msgspec.Struct, frozen=True, omit_defaults=True):

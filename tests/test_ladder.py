@@ -165,7 +165,10 @@ def test_token_by_token_cures_what_only_long_calls_crash(
     assert {result.rung(i) for i in result.seq_ids} == {Rung.TOKEN}
     assert result.errors == {}
     assert_equal_logits(result, reference)
-    assert [report.rung for report in reports_of(decoder, store)] == ["native", "safe", "safe"]
+    # Between the sequences, a new cell was given what the first one had left.
+    reports = reports_of(decoder, store)
+    assert sorted(report.rung for report in reports) == ["native", "native", "safe", "safe"]
+    assert [r.result for r in reports].count("it was tried again, token by token") == 1
 
 
 def test_a_crash_in_a_safe_processor(tiny: Path, store: Store, dose: Dose) -> None:
@@ -181,7 +184,7 @@ def test_a_crash_in_a_safe_processor(tiny: Path, store: Store, dose: Dose) -> No
 
 
 def test_a_hundred_jobs_of_which_ten_crash(tiny: Path, make: Open, store: Store) -> None:
-    decoder = make(tiny, preflight=False)
+    decoder = make(tiny, n_ctx_seq=512, preflight=False)
     batch = Batch.of([[4, 5, 6], [7, 8]])
 
     def job(number: int) -> Result:
@@ -192,8 +195,7 @@ def test_a_hundred_jobs_of_which_ten_crash(tiny: Path, make: Open, store: Store)
     assert [result.rung(0) for result in results] == [
         Rung.SAFE if number % 10 == 0 else Rung.NATIVE for number in range(100)
     ]
-    for result in results[1:10]:
-        np.testing.assert_array_equal(result.logits(0), results[1].logits(0))
+    assert (decoder.memory.pos_max(0), decoder.memory.pos_max(1)) == (90 * 3 - 1, 90 * 2 - 1)
     written = reports_of(decoder, store)
     assert len(written) == 10
     paths = {path for result in results for path in result.reports}
@@ -209,6 +211,7 @@ def test_sigkill_between_calls(tiny: Path, make: Open, store: Store) -> None:
     reference = decoder.decode(batch)
     assert decoder.pid is not None
     os.kill(decoder.pid, signal.SIGKILL)
+    decoder.memory.clear()
     result = decoder.decode(batch)
     assert_equal_logits(result, reference)
     assert decoder.decode(batch).rung(0) == Rung.NATIVE

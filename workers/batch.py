@@ -1,53 +1,71 @@
-"""`Batch`: sequences of tokens to decode together, checked as they are added."""
+"""`Batch`: tokens to decode together, checked as they are added. The shape is that of ``llama_batch_ext``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import InputError, check_integer
-from crumplezone.reports.schema import BatchRecord
+from crumplezone.errors import (
+    BatchFullError,
+    InputError,
+    PositionError,
+    SequenceIdError,
+    TokenError,
+    check_integer,
+)
+from crumplezone.workers.columns import LLAMA_MAX_SEQ, UNSET, Bool, Columns, Int32, infer_positions
 
-LLAMA_MAX_SEQ = 256  # llama.cpp, src/llama-cparams.h
 _INT32_MAX = 2**31 - 1
+_FIRST_ROOM = 64  # tokens; doubled whenever it is full
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 Outputs = Literal["last", "all", "none"]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One sequence of a batch: its tokens start at position 0.
+class Item:
+    """One token of a batch.
 
     Attributes:
-        seq_id: Its id, unique in the batch.
-        tokens: int32, shape (n,).
-        outputs: bool, shape (n,): the tokens that logits are wanted for.
+        index: Its place in the batch.
+        token: Its id; None for an embedding.
+        pos: Its position; None if it is to be inferred.
+        seq_ids: The sequences it belongs to, in the order in which they were added.
+        output: Whether a row of results is wanted for it.
     """
 
-    seq_id: int
-    tokens: npt.NDArray[np.int32]
-    outputs: npt.NDArray[np.bool_]
+    index: int
+    token: int | None
+    pos: int | None
+    seq_ids: tuple[int, ...]
+    output: bool
 
 
 class Batch:
-    """Sequences of tokens for one `Decoder.decode` or `Decoder.encode`.
+    """Tokens, or embeddings in their place, for one `Decoder.decode` or `Decoder.encode`.
+
+    Whatever is refused leaves the batch as it was. (``llama_batch_ext_add_token`` keeps what it refuses.)
 
     Args:
-        n_tokens: Most tokens that it can hold.
+        n_tokens: Most tokens that it can hold. Memory is taken as they come.
         n_seq_max: Sequence ids must be below this (llama.cpp allows up to 256).
+        n_embd: 0 for a batch of tokens; else the batch is of embeddings of this many floats, as with
+            ``llama_batch_init``.
+
+    Raises:
+        InputError: A size is out of range.
     """
 
-    def __init__(self, n_tokens: int, n_seq_max: int = 1) -> None:
+    def __init__(self, n_tokens: int, n_seq_max: int = 1, n_embd: int = 0) -> None:
         check_integer("n_tokens", n_tokens, 1, _INT32_MAX)
         check_integer("n_seq_max", n_seq_max, 1, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
-        self.n_tokens, self.n_seq_max = n_tokens, n_seq_max
-        self._entries: dict[int, Entry] = {}
-        self._used = 0
+        check_integer("n_embd", n_embd, 0, 2**16)
+        self.n_tokens, self.n_seq_max, self.n_embd = int(n_tokens), int(n_seq_max), int(n_embd)
+        self.clear()
 
     @classmethod
     def of(cls, sequences: Iterable[Tokens], outputs: Outputs = "last") -> Batch:
@@ -58,96 +76,206 @@ class Batch:
             batch.add_sequence(seq_id, tokens, outputs)
         return batch
 
-    def add_sequence(self, seq_id: int, tokens: Tokens, output: Outputs = "last") -> None:
-        """Add one whole sequence.
+    def clear(self) -> None:
+        """Take everything out."""
+        embd = ("embd", "f4", (self.n_embd,))
+        self._rows = np.empty(
+            0, [("token", "i4"), embd, ("position", "i4"), ("seq_id", "i4"), ("output", "?")]
+        )
+        self._used = 0
+        self._shared: dict[int, list[int]] = {}  # by index, the sequences that `add_seq` added
+
+    def add_token(self, seq_id: int, token: int, pos: int | None = None, output: bool = False) -> int:
+        """Add one token.
 
         Args:
-            seq_id: From 0 to ``n_seq_max - 1``, not yet in the batch.
-            tokens: Token ids, at least one.
-            output: Which tokens to return logits for.
+            seq_id: The sequence it belongs to, from 0 to ``n_seq_max - 1``.
+            token: Its id, int32. The vocabulary is known, and checked, when it is decoded.
+            pos: Its position, int32; None: the one after whatever its sequence holds by then.
+            output: Whether a row of results is wanted.
+
+        Returns:
+            Its index in the batch.
 
         Raises:
-            InputError: A value is out of range or does not fit; the batch is unchanged.
+            BatchFullError: ``n_tokens`` are there.
+            TokenError: The token is no int32, or this is a batch of embeddings.
+            SequenceIdError: The sequence is out of range.
+            PositionError: The position is no int32.
         """
-        check_integer("seq_id", seq_id, 0, self.n_seq_max - 1, " (n_seq_max - 1)")
-        seq_id = int(seq_id)
-        if seq_id in self._entries:
-            raise InputError("seq_id", seq_id, "is in the batch already; use another id or a new batch")
+        check_integer("token", token, -_INT32_MAX - 1, _INT32_MAX, error=TokenError)
+        return self._append(seq_id, "token", np.array([token]), pos, bool(output))
+
+    def add_embd(
+        self, seq_id: int, vector: npt.ArrayLike, pos: int | None = None, output: bool = False
+    ) -> int:
+        """Add one embedding in place of a token; the rest is as with `add_token`.
+
+        Args:
+            seq_id: The sequence it belongs to.
+            vector: The embedding, float32, shape (n_embd,).
+            pos: Its position.
+            output: Whether a row of results is wanted.
+        """
+        try:
+            floats = np.asarray(vector, np.float32)
+        except (TypeError, ValueError) as error:
+            raise TokenError("vector", vector, f"must be {self.n_embd} numbers ({error})") from error
+        if floats.shape != (self.n_embd,):
+            raise TokenError("shape of vector", floats.shape, f"must be (n_embd,) = ({self.n_embd},)")
+        return self._append(seq_id, "embd", floats[np.newaxis], pos, bool(output))
+
+    def add_sequence(self, seq_id: int, tokens: Tokens, output: Outputs = "last") -> None:
+        """Add tokens at the end of a sequence, be it new in this batch or not.
+
+        Args:
+            seq_id: From 0 to ``n_seq_max - 1``.
+            tokens: Token ids, int32, at least one.
+            output: The tokens among these to return rows for.
+
+        Raises:
+            InputError: As `add_token`.
+        """
         if output not in ("last", "all", "none"):
             raise InputError("output", output, "must be 'last', 'all' or 'none'")
         array = _checked_tokens(tokens, seq_id)
-        if self._used + len(array) > self.n_tokens:
-            limit = f"at most {self.n_tokens - self._used} more fit into n_tokens = {self.n_tokens}"
-            raise InputError(f"len(tokens) of sequence {seq_id}", len(array), limit)
         outputs = np.full(len(array), output == "all")
         outputs[-1] = output != "none"
-        self._entries[seq_id] = Entry(seq_id, array, outputs)
-        self._used += len(array)
+        self._append(seq_id, "token", array, None, outputs)
+
+    def add_seq(self, index: int, seq_id: int) -> None:
+        """Let a token belong to one more sequence, at the same position.
+
+        Raises:
+            SequenceIdError: The sequence is out of range.
+        """
+        self._check_index(index)
+        self._check_sequence(seq_id)
+        shared = self._shared.setdefault(int(index), [])
+        if seq_id != self._rows["seq_id"][index] and seq_id not in shared:
+            shared.append(int(seq_id))
+
+    def set_output(self, index: int, output: bool = True) -> None:
+        """Say whether a row of results is wanted for a token."""
+        self._check_index(index)
+        self._rows["output"][index] = output
+
+    def set_output_last(self) -> None:
+        """Ask for a row of results for the token that was added last."""
+        self.set_output(self._used - 1)
+
+    def set_pos(self, index: int, pos: int) -> None:
+        """Set the position of a token.
+
+        Raises:
+            PositionError: It is no int32.
+        """
+        self._check_index(index)
+        _check_position(pos)
+        self._rows["position"][index] = pos
 
     def __len__(self) -> int:
         """Number of tokens."""
         return self._used
 
+    def __iter__(self) -> Iterator[Item]:
+        fields = (
+            self._rows[name][: self._used].tolist() for name in ("token", "position", "seq_id", "output")
+        )
+        for index, (token, pos, seq_id, output) in enumerate(zip(*fields, strict=True)):
+            yield Item(
+                index=index,
+                token=None if self.n_embd else token,
+                pos=None if pos == UNSET else pos,
+                seq_ids=(seq_id, *self._shared.get(index, ())),
+                output=output,
+            )
+
     @property
-    def entries(self) -> list[Entry]:
-        """The sequences, in the order in which they were added."""
-        return list(self._entries.values())
+    def seq_ids(self) -> list[int]:
+        """The sequences of the batch, in the order of their first tokens."""
+        return list(dict.fromkeys(seq_id for item in self for seq_id in item.seq_ids))
 
-    def check(self, n_vocab: int, n_seq_max: int, n_ctx_seq: int) -> None:
-        """Check against a model and a context.
+    def columns(self, next_positions: Int32 | None = None) -> Columns:
+        """The batch as llama.cpp sees it, every position set. A copy.
 
-        Raises:
-            InputError: Names the first token, sequence or length that is out of range.
+        Args:
+            next_positions: int32, one per sequence: the position after what the decoder holds;
+                None for empty memory.
         """
-        if not self._entries:
-            raise InputError("batch", "empty", "add at least one sequence")
-        for entry in self._entries.values():
-            if entry.seq_id >= n_seq_max:
-                limit = f"the decoder was made with n_seq_max = {n_seq_max}; ids go up to {n_seq_max - 1}"
-                raise InputError("seq_id", entry.seq_id, limit)
-            bad = np.flatnonzero((entry.tokens < 0) | (entry.tokens >= n_vocab))
-            if len(bad):
-                field = f"tokens[{bad[0]}] of sequence {entry.seq_id}"
-                raise InputError(
-                    field, int(entry.tokens[bad[0]]), f"must be from 0 to n_vocab - 1 = {n_vocab - 1}"
-                )
-            if len(entry.tokens) > n_ctx_seq:
-                field = f"len(tokens) of sequence {entry.seq_id}"
-                raise InputError(
-                    field, len(entry.tokens), f"the context holds {n_ctx_seq} tokens per sequence"
-                )
+        rows = self._rows[: self._used].copy()
+        shared = [(index, seq_id) for index, seq_ids in self._shared.items() for seq_id in seq_ids]
+        after, more = np.array(shared, np.int32).reshape(-1, 2).T
+        n_seq_id = 1 + np.bincount(after, minlength=len(rows)).astype(np.int32)
+        seq_ids = np.insert(rows["seq_id"], after + 1, more)
+        return Columns(
+            tokens=None if self.n_embd else rows["token"].copy(),
+            embd=rows["embd"].copy() if self.n_embd else None,
+            positions=infer_positions(rows["position"], n_seq_id, seq_ids, next_positions),
+            n_seq_id=n_seq_id,
+            seq_ids=seq_ids,
+            outputs=rows["output"].copy(),
+        )
+
+    def _append(
+        self, seq_id: int, field: str, values: npt.NDArray[Any], pos: int | None, outputs: bool | Bool
+    ) -> int:
+        """Add a row for each of the values, tokens or embeddings, and return the index of the last."""
+        if (field == "embd") != bool(self.n_embd):
+            limit = f"this batch was made with n_embd = {self.n_embd}, which takes "
+            raise TokenError(
+                "new entry", field, limit + ("embeddings only" if self.n_embd else "tokens only")
+            )
+        self._check_sequence(seq_id)
+        if pos is not None:
+            _check_position(pos)
+        begin, end = self._used, self._used + len(values)
+        if end > self.n_tokens:
+            limit = f"at most {self.n_tokens - begin} more fit into n_tokens = {self.n_tokens}"
+            raise BatchFullError(f"number of tokens to add to sequence {seq_id}", len(values), limit)
+        rows = _with_room(self._rows, end, self.n_tokens)
+        new = rows[begin:end]
+        new[field], new["output"] = values, outputs
+        new["seq_id"], new["position"] = seq_id, UNSET if pos is None else pos
+        self._rows, self._used = rows, end
+        return end - 1
+
+    def _check_sequence(self, seq_id: int) -> None:
+        check_integer("seq_id", seq_id, 0, self.n_seq_max - 1, " (n_seq_max - 1)", error=SequenceIdError)
+
+    def _check_index(self, index: int) -> None:
+        if not self._used:
+            raise InputError("index", index, "the batch is empty; add a token first")
+        check_integer("index", index, 0, self._used - 1, " (the last token)")
 
 
-def _checked_tokens(tokens: Tokens, seq_id: int) -> npt.NDArray[np.int32]:
+def _check_position(pos: int) -> None:
+    check_integer("pos", pos, UNSET + 1, _INT32_MAX, error=PositionError)
+
+
+def _with_room(array: npt.NDArray[Any], needed: int, limit: int) -> npt.NDArray[Any]:
+    """The array, or a copy at least twice as long if it has less than ``needed`` rows."""
+    if needed <= len(array):
+        return array
+    longer = np.empty((min(limit, max(needed, 2 * len(array), _FIRST_ROOM)), *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    return longer
+
+
+def _checked_tokens(tokens: Tokens, seq_id: int) -> Int32:
+    what = f"tokens of sequence {seq_id}"
     try:
         array = np.asarray(tokens)
     except (ValueError, OverflowError) as error:
-        raise InputError(
-            f"tokens of sequence {seq_id}", "unreadable", f"must be integers ({error})"
-        ) from error
+        raise TokenError(what, "unreadable", f"must be integers ({error})") from error
     if array.ndim != 1 or len(array) == 0:
-        limit = "must be one-dimensional and hold at least one token"
-        raise InputError(f"shape of the tokens of sequence {seq_id}", array.shape, limit)
+        raise TokenError(
+            f"shape of the {what}", array.shape, "must be one-dimensional, with at least one token"
+        )
     if not np.issubdtype(array.dtype, np.integer):
-        raise InputError(f"tokens of sequence {seq_id}", str(array.dtype), "must be integers")
+        raise TokenError(what, str(array.dtype), "must be integers")
     outside = np.flatnonzero((array < -_INT32_MAX - 1) | (array > _INT32_MAX))
     if len(outside):
-        raise InputError(
-            f"tokens[{outside[0]}] of sequence {seq_id}", int(array[outside[0]]), "must fit into int32"
-        )
+        i = int(outside[0])
+        raise TokenError(f"tokens[{i}] of sequence {seq_id}", int(array[i]), "must fit into int32")
     return array.astype(np.int32)
-
-
-def record(
-    entries: Sequence[Entry], operation: str, *, chunk: int = 0, embeddings: bool = False
-) -> BatchRecord:
-    """The batch as a report keeps it; see `BatchRecord` for what the arguments mean."""
-    return BatchRecord(
-        tokens=[int(token) for entry in entries for token in entry.tokens],
-        positions=[position for entry in entries for position in range(len(entry.tokens))],
-        seq_ids=[entry.seq_id for entry in entries for _ in entry.tokens],
-        outputs=[bool(output) for entry in entries for output in entry.outputs],
-        operation=operation,
-        chunk=chunk,
-        embeddings=embeddings,
-    )

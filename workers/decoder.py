@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,19 +20,27 @@ from crumplezone.errors import (
     CellDied,
     CrumplezoneError,
     InputError,
+    MemoryLostError,
     UsageError,
     check_integer,
 )
-from crumplezone.reports.schema import Outcome
+from crumplezone.reports.schema import BatchRecord, Outcome
 from crumplezone.reports.store import default_directory
-from crumplezone.workers.batch import Batch, Entry, record
+from crumplezone.workers.batch import Batch
+from crumplezone.workers.calls import Adapters, Ask, Limits, RefusedError, Rows
+from crumplezone.workers.columns import Columns
+from crumplezone.workers.foreign import read_llama_batch
 from crumplezone.workers.generation import Generation
-from crumplezone.workers.incident import Case, Reporter
+from crumplezone.workers.incident import Case, Reporter, record
+from crumplezone.workers.memory import Memory
 from crumplezone.workers.protocol import CellInfo
-from crumplezone.workers.results import Completion, Result, Rung, Sampling, SequenceResult
-from crumplezone.workers.runner import Ask, Limits, RefusedError, Rows, Runner
+from crumplezone.workers.results import Completion, Result, Rung, Sampling, SequenceResult, share_out
+from crumplezone.workers.runner import Runner
 from crumplezone.workers.safe import Descent
-from crumplezone.workers.settings import INT32_MAX, N_UBATCH, check_number, configure
+from crumplezone.workers.session import Session
+from crumplezone.workers.settings import INT32_MAX, N_UBATCH, capacity, check_number, configure
+from crumplezone.workers.validate import Level, validate
+from crumplezone.workers.validate import Memory as Held
 
 
 class Decoder:
@@ -53,6 +62,8 @@ class Decoder:
         memory_limit: Bytes of resident memory above which a cell is killed, or None.
         reports: The report store; None for ``$CRUMPLEZONE_REPORTS`` or the XDG state directory.
         redact: Keep token ids, prompt text and paths out of the reports (hashes and base names instead).
+        checkpoint_every: After so many tokens, keep the state of the memory instead of its tokens, so that a
+            new cell is given it faster; 0: never.
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -75,7 +86,9 @@ class Decoder:
         memory_limit: int | None = None,
         reports: str | Path | None = None,
         redact: bool = False,
+        checkpoint_every: int = 0,
     ) -> None:
+        check_integer("checkpoint_every", checkpoint_every, 0, INT32_MAX)
         config = configure(
             model,
             n_ctx=n_ctx,
@@ -94,13 +107,19 @@ class Decoder:
         self._preflight_on = preflight
         self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
         self._native = Runner(config, limits, self._reporter)
-        self._descent = Descent(config, limits, self._reporter) if safe_fallback else None
+        self._session = Session(self._native, self._reporter, checkpoint_every)
+        self._descent = Descent(self._native, self._reporter) if safe_fallback else None
         self._native.start()
 
     @property
     def info(self) -> CellInfo:
         """Facts of the model and the context: n_vocab, n_embd, n_ctx_seq, has_encoder, ..."""
         return self._native.info
+
+    @property
+    def n_seq_max(self) -> int:
+        """Most sequences."""
+        return self._native.config.n_seq_max
 
     @property
     def pid(self) -> int | None:
@@ -122,30 +141,88 @@ class Decoder:
                 self._reporter.file_lone(died.incident, "tokenize", "the tokenizer failed", config, info)
                 raise
 
-    def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
-        """Decode every sequence of a batch from empty memory.
+    @property
+    def memory(self) -> Memory:
+        """What is held of each sequence: it survives crashes."""
+        return Memory(self._session, self._turn)
+
+    def decode(self, batch: Batch | object, *, embeddings: bool = False, level: Level = "strict") -> Result:
+        """Append a batch to the memory of its sequences.
 
         Args:
-            batch: The sequences; logits are returned for the tokens marked as output.
+            batch: A `Batch`, or a ctypes ``llama_batch``, which is copied without trusting its pointers.
+                Logits are returned for the tokens marked as output.
             embeddings: Also return the hidden states of those tokens.
+            level: What is refused before the native call: "strict", all that would fail, crash or be wrong;
+                "native", what llama.cpp itself refuses; "off", nothing.
 
         Raises:
-            InputError: The batch does not fit the model or the context.
+            InputError: The batch does not fit the model, the context or the memory, which is as it was.
             BatchError: The native rung failed and ``safe_fallback`` is off.
+            MemoryLostError: After a crash, no new cell could be given the memory.
         """
-        return self._run(batch, Ask(embeddings=embeddings))
+        with self._turn():
+            columns = self._columns(batch, level)
+            held = Held(self._session.pos_min, self._session.pos_max)
+            room = capacity(self._native.info, self._native.config, embeddings=embeddings)
+            validate(columns, room, held, level)
+            return self._decode(columns, Ask(embeddings=embeddings))
 
-    def encode(self, batch: Batch) -> Result:
+    def encode(self, batch: Batch | Columns) -> Result:
         """Hidden states of every token of a batch, from `llama_encode` if the model has an encoder.
 
         On a decoder-only model `llama_encode` is a SIGSEGV inside llama.cpp (seen in 0.3.16 and 0.3.36);
-        preflight knows it and goes straight to the safe rung, which decodes sequence by sequence.
+        preflight knows it and goes straight to the safe rung, which decodes sequence by sequence. The
+        memory is neither used nor changed.
 
         Raises:
             InputError: The batch does not fit the model or the context.
             BatchError: The native rung failed and ``safe_fallback`` is off.
         """
-        return self._run(batch, Ask(logits=False, embeddings=True, encode=True))
+        with self._turn(), self._session.scratch():
+            info, config = self._native.info, self._native.config
+            columns = batch if isinstance(batch, Columns) else batch.columns()
+            columns = dataclasses.replace(columns, outputs=np.ones(len(columns), np.bool_))
+            room = capacity(info, config, embeddings=True)
+            validate(columns, room, Held.empty(config.n_seq_max), encode=info.has_encoder)
+            return self._encode(columns, Ask(logits=False, embeddings=True, encode=True))
+
+    def resize(self, *, n_ctx: int | None = None, n_seq_max: int | None = None) -> None:
+        """Change the context without loading the model again. What the memory holds goes over.
+
+        Args:
+            n_ctx: Tokens of context over all sequences; None: as it is.
+            n_seq_max: Most sequences; None: as it is.
+
+        Raises:
+            InputError: A value is out of range, or too small for what the memory holds.
+            ModelError: No such context can be made.
+        """
+        with self._turn():
+            config = self._native.config
+            sizes = {"n_ctx": n_ctx or config.n_ctx, "n_seq_max": n_seq_max or config.n_seq_max}
+            fields = {name: getattr(config, name) for name in config.__struct_fields__} | sizes
+            changed = configure(**fields)
+            self._session.resize(changed.n_ctx, changed.n_seq_max)
+
+    def set_adapters(
+        self,
+        lora: Mapping[str | Path, float] | None = None,
+        control: npt.ArrayLike | None = None,
+        layers: tuple[int, int] = (1, -1),
+    ) -> None:
+        """Use LoRA adapters and a control vector from now on, in the place of those before.
+
+        Args:
+            lora: Paths of the adapters, with their scales.
+            control: float32, n_embd values for each layer from 1 on; None for no control vector.
+            layers: The first and the last layer that it is added to; -1 is the last there is.
+
+        Raises:
+            InputError: A file is no adapter of this model, or a value is out of range. Nothing is changed.
+        """
+        with self._turn():
+            self._session.adapt(Adapters.checked(lora or {}, control, layers, self._native.info.n_embd))
 
     def generate(
         self,
@@ -193,7 +270,7 @@ class Decoder:
     def _completions(
         self, prompts: Mapping[int, str], sampling: Sampling
     ) -> Generator[Completion, None, None]:
-        with self._turn():
+        with self._turn(), self._session.scratch():
             generation = Generation(self._native, self._descent, self._reporter, sampling)
             self._running = generation.run(list(prompts.items()))
             try:
@@ -217,8 +294,6 @@ class Decoder:
             if self._running is not None:
                 self._running.close()  # it still has reports to file
             self._native.shut()
-            if self._descent:
-                self._descent.runner.shut()
             self._reporter.close()
 
     def __enter__(self) -> Self:
@@ -244,53 +319,85 @@ class Decoder:
             finally:
                 self._busy_thread = 0
 
-    def _run(self, batch: Batch, ask: Ask) -> Result:
-        with self._turn():
-            info = self._native.info
-            batch.check(info.n_vocab, self._native.config.n_seq_max, info.n_ctx_seq)
-            entries = batch.entries
-            if ask.encode:  # every token has a hidden state
-                entries = [Entry(e.seq_id, e.tokens, np.ones(len(e.tokens), np.bool_)) for e in entries]
-            case = Case()
-            note = self._preflight(batch, ask) if self._preflight_on else ""
-            rows = None if note else self._try_native(entries, ask, case)
-            if rows is not None:
-                return Result(_share_out(entries, rows), [])
-            return self._descend(entries, ask, case, note)
+    def _columns(self, batch: object, level: Level) -> Columns:
+        follows = self._session.pos_max + 1
+        if isinstance(batch, Columns):
+            return batch
+        if isinstance(batch, Batch):
+            return batch.columns(follows)
+        return read_llama_batch(
+            batch, n_embd=self._native.info.n_embd_inp, next_positions=follows, level=level
+        )
 
-    def _preflight(self, batch: Batch, ask: Ask) -> str:
-        """Why the native call would certainly crash, or an empty string."""
-        info = self._native.info
-        if ask.encode and not info.has_encoder:
-            return "the model has no encoder: llama_encode would be a SIGSEGV"
-        if len(batch) > info.n_batch:
-            return f"the batch has {len(batch)} tokens, n_batch is {info.n_batch}: GGML_ASSERT would abort"
-        return ""
+    def _decode(self, columns: Columns, ask: Ask) -> Result:
+        case, journal = Case(), self._session.journal
+        n_batch = self._native.info.n_batch
+        note = ""
+        if self._preflight_on and len(columns) > n_batch:
+            note = f"the batch has {len(columns)} tokens, n_batch is {n_batch}: GGML_ASSERT would abort"
 
-    def _try_native(self, entries: list[Entry], ask: Ask, case: Case) -> Rows | None:
-        seq_ids = [entry.seq_id for entry in entries]
+        def native() -> Rows:
+            return self._session.decode(columns, ask)
+
+        def send(_: Runner, alone: Columns, chunk: int) -> Rows:
+            return self._session.decode(alone, ask, chunk)
+
+        def kept() -> BatchRecord:
+            return record(columns, "decode", embeddings=ask.embeddings, journal=journal)
+
+        rows = None if note else self._try_native(columns, native, kept, case)
+        if rows is not None:
+            return Result(share_out(columns, rows), [])
+
+        def safely(descent: Descent) -> list[SequenceResult]:
+            return descent.each(columns, ask, case, "decode", send, journal)
+
+        return self._descend(columns, safely, case, note)
+
+    def _encode(self, columns: Columns, ask: Ask) -> Result:
+        case, info = Case(), self._native.info
+        note = ""
+        if self._preflight_on and not info.has_encoder:
+            note = "the model has no encoder: llama_encode would be a SIGSEGV"
+
+        def native() -> Rows:
+            return self._native.send(columns, ask)
+
+        def kept() -> BatchRecord:
+            return record(columns, "encode", embeddings=True)
+
+        rows = None if note else self._try_native(columns, native, kept, case)
+        if rows is not None:
+            return Result(share_out(columns, rows), [])
+        return self._descend(columns, lambda descent: descent.decode(columns, ask, case), case, note)
+
+    def _try_native(
+        self, columns: Columns, native: Callable[[], Rows], kept: Callable[[], BatchRecord], case: Case
+    ) -> Rows | None:
         start = time.perf_counter()
         try:
-            return self._native.decode(entries, ask)
+            return native()
+        except MemoryLostError:
+            raise
         except CellDied as died:
-            operation = "encode" if ask.encode else "decode"
-            batch = record(entries, operation, embeddings=ask.embeddings)
-            self._reporter.add(case, died.incident, Rung.NATIVE, batch)
+            self._reporter.add(case, died.incident, Rung.NATIVE, kept())
             outcome, problem = Outcome.CRASHED, str(died)
         except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
             outcome, problem = Outcome.REFUSED, str(refused)
-        case.step(Rung.NATIVE, outcome, seq_ids, problem, (time.perf_counter() - start) * 1000)
+        case.step(Rung.NATIVE, outcome, _seq_ids(columns), problem, (time.perf_counter() - start) * 1000)
         return None
 
-    def _descend(self, entries: list[Entry], ask: Ask, case: Case, note: str) -> Result:
+    def _descend(
+        self, columns: Columns, safely: Callable[[Descent], list[SequenceResult]], case: Case, note: str
+    ) -> Result:
         if note:
-            case.step(Rung.NATIVE, Outcome.SKIPPED, [entry.seq_id for entry in entries], note)
+            case.step(Rung.NATIVE, Outcome.SKIPPED, _seq_ids(columns), note)
         sequences = []
         try:
             if self._descent is None:
                 case.result = "safe_fallback is off: no result"
             else:
-                sequences = [self._descent.decode(entry, ask, case) for entry in entries]
+                sequences = safely(self._descent)
                 case.result = _how_it_ended(sequences)
         finally:
             self._reporter.file(case, self._native.config, self._native.info)
@@ -300,6 +407,10 @@ class Decoder:
         if self._descent is None:
             raise BatchError(note or case.steps[-1].detail, reports[0] if reports else None)
         return Result(sequences, reports, note)
+
+
+def _seq_ids(columns: Columns) -> list[int]:
+    return list(dict.fromkeys(columns.seq_ids.tolist()))
 
 
 def _in_order(finished: Iterator[Completion]) -> Iterator[Completion]:
@@ -312,19 +423,8 @@ def _in_order(finished: Iterator[Completion]) -> Iterator[Completion]:
             due += 1
 
 
-def _share_out(entries: list[Entry], rows: Rows) -> list[SequenceResult]:
-    """Cut the rows of a whole batch into those of its sequences (views of one array)."""
-    results, row = [], 0
-    for entry in entries:
-        end = row + int(entry.outputs.sum())
-        cut = Rows(*(None if each is None else each[row:end] for each in (rows.logits, rows.embeddings)))
-        results.append(SequenceResult(entry, cut, Rung.NATIVE))
-        row = end
-    return results
-
-
 def _how_it_ended(sequences: list[SequenceResult]) -> str:
     rungs = sorted({each.rung for each in sequences if not each.error})
-    failed = [each.entry.seq_id for each in sequences if each.error]
+    failed = [each.seq_id for each in sequences if each.error]
     cured = f"cured by the rung {' and '.join(rungs)}" if rungs else "not cured"
     return cured + (f"; sequences {failed} failed alone" if failed else "; every sequence got its result")

@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, SequenceError
 from crumplezone.reports.schema import BatchRecord, Outcome
+from crumplezone.workers.calls import RefusedError
 from crumplezone.workers.incident import Case, Reporter
 from crumplezone.workers.protocol import Generated, Join, Progress
 from crumplezone.workers.results import Completion, Rung, Sampling
-from crumplezone.workers.runner import RefusedError, Runner
+from crumplezone.workers.runner import Runner
 from crumplezone.workers.safe import Descent
 
 STEPS = 16  # native calls per control message: what a crash can cost is that much decoding again

@@ -180,6 +180,9 @@ class LlamaCell:
     def _describe(self) -> CellInfo:
         text = ctypes.create_string_buffer(256)
         C.llama_model_desc(self.model, text, len(text))
+        recurrent = bool(C.llama_model_is_recurrent(self.model) or C.llama_model_is_hybrid(self.model))
+        has_encoder = bool(C.llama_model_has_encoder(self.model))
+        rope = C.llama_model_rope_type(self.model)
         commit = ggml().ggml_commit
         commit.restype = ctypes.c_char_p
         return CellInfo(
@@ -188,12 +191,25 @@ class LlamaCell:
             n_ctx_seq=C.llama_n_ctx_seq(self.context),
             n_ctx_train=C.llama_model_n_ctx_train(self.model),
             n_batch=C.llama_n_batch(self.context),
-            has_encoder=bool(C.llama_model_has_encoder(self.model)),
+            has_encoder=has_encoder,
             has_decoder=bool(C.llama_model_has_decoder(self.model)),
+            n_embd_inp=C.llama_model_n_embd_inp(self.model),
+            causal=self._metadata("attention.causal") != "false",
+            recurrent=recurrent,
+            learned_positions=rope == C.LLAMA_ROPE_TYPE_NONE and not (recurrent or has_encoder),
+            n_pos_per_embd=4 if rope in (C.LLAMA_ROPE_TYPE_MROPE, C.LLAMA_ROPE_TYPE_IMROPE) else 1,
             description=text.value.decode("utf-8", "replace"),
             system_info=C.llama_print_system_info().decode("utf-8", "replace"),
             llama_cpp=f"{importlib.metadata.version('llama-cpp-python')} ({commit().decode()})",
         )
+
+    def _metadata(self, name: str) -> str:
+        """A value of the model file under its architecture's name, or an empty string."""
+        text = ctypes.create_string_buffer(256)
+        C.llama_model_meta_val_str(self.model, b"general.architecture", text, len(text))
+        key = text.value + b"." + name.encode()
+        n = C.llama_model_meta_val_str(self.model, key, text, len(text))
+        return text.value.decode("utf-8", "replace") if n >= 0 else ""
 
     def clear(self) -> None:
         """Empty the memory of every sequence. Encoder-only models have none."""

@@ -34,6 +34,8 @@ def spans(memory: Any, seq_ids: Iterable[int]) -> list[Span]:
 def operate(memory: Any, request: MemoryOperation) -> bool:
     """Do one operation; False if this kind of memory cannot (a recurrent one keeps no single positions)."""
     seq_id, begin, end = request.seq_id, request.begin, request.end
+    if not memory:  # encoder-only: nothing is held, and nothing can be
+        return request.name == "clear"
     match request.name:
         case "clear":
             C.llama_memory_clear(memory, True)

@@ -35,6 +35,11 @@ class CellInfo(msgspec.Struct, frozen=True):
     n_batch: Size
     has_encoder: bool
     has_decoder: bool
+    n_embd_inp: Size
+    causal: bool  # attention; BERT-like models see the whole batch in one pass
+    recurrent: bool  # a state in the place of positions
+    learned_positions: bool  # no more than n_ctx_train of them
+    n_pos_per_embd: Annotated[int, msgspec.Meta(ge=1, le=4)]
     description: str
     system_info: str
     llama_cpp: str

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.errors import CrumplezoneError, InputError, SequenceError
-from crumplezone.workers.batch import Entry
-from crumplezone.workers.runner import Rows
+from crumplezone.workers.calls import Rows
+from crumplezone.workers.columns import Columns, Int32
 
 
 class Rung(StrEnum):
@@ -32,12 +32,36 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SequenceResult:
-    """One sequence's rows, or the error with which it failed alone."""
+    """One sequence's rows, or the error with which it failed alone.
 
-    entry: Entry
+    Attributes:
+        seq_id: The sequence.
+        positions: int32, shape (n_outputs,): of its outputs.
+        rows: A row for each of these.
+        rung: What produced it, or finally refused it.
+        error: Why it failed.
+    """
+
+    seq_id: int
+    positions: Int32
     rows: Rows | None
     rung: Rung
     error: SequenceError | None = None
+
+
+def share_out(columns: Columns, rows: Rows) -> list[SequenceResult]:
+    """Cut the rows of a whole batch into those of its sequences."""
+    place = np.cumsum(columns.outputs) - 1  # of each output among the rows
+    results = []
+    for seq_id in dict.fromkeys(columns.seq_ids.tolist()):
+        mine = columns.rows_of(seq_id)
+        wanted = mine[columns.outputs[mine]]
+        logits, embeddings = (
+            None if each is None else each[place[wanted]] for each in (rows.logits, rows.embeddings)
+        )
+        cut = Rows(logits, embeddings)
+        results.append(SequenceResult(seq_id, columns.positions[wanted], cut, Rung.NATIVE))
+    return results
 
 
 class Result:
@@ -49,7 +73,7 @@ class Result:
     """
 
     def __init__(self, sequences: list[SequenceResult], reports: list[str], note: str = "") -> None:
-        self._sequences = {each.entry.seq_id: each for each in sequences}
+        self._sequences = {each.seq_id: each for each in sequences}
         self.reports, self.note = reports, note
 
     @property
@@ -67,7 +91,7 @@ class Result:
         return self._sequence(seq_id).rung
 
     def logits(self, seq_id: int, pos: int = -1) -> npt.NDArray[np.float32]:
-        """Logits of one output, float32, shape (n_vocab,).
+        """Logits of one output, float32, shape (n_vocab,), the caller's own.
 
         Args:
             seq_id: The sequence.
@@ -98,11 +122,11 @@ class Result:
     def _row(self, rows: npt.NDArray[np.float32] | None, seq_id: int, pos: int) -> npt.NDArray[np.float32]:
         if rows is None:
             raise InputError("result", "missing", "this was not asked for: pass embeddings=True to decode")
-        outputs = np.flatnonzero(self._sequence(seq_id).entry.outputs)
+        outputs = self._sequence(seq_id).positions
         index = np.flatnonzero(outputs == pos) if pos >= 0 else np.arange(len(outputs))[-1:]
         if pos < -1 or not len(index):
             raise InputError("pos", pos, f"sequence {seq_id} has outputs at {outputs.tolist()}")
-        row: npt.NDArray[np.float32] = rows[int(index[-1])]
+        row: npt.NDArray[np.float32] = rows[int(index[-1])].copy()
         return row
 
 

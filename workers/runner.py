@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import (
-    CellDied,
-    CellRefused,
-    CrumplezoneError,
-    ModelError,
-    UsageError,
-    check_integer,
-)
+from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, ModelError, UsageError
 from crumplezone.reports import text
 from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Generating, Report
 from crumplezone.sandbox.cell import Cell, CellSpec
-from crumplezone.workers.batch import Entry
+from crumplezone.workers.calls import Adapters, Ask, Limits, RefusedError, Rows
+from crumplezone.workers.columns import Columns
 from crumplezone.workers.flight import Flight
 from crumplezone.workers.incident import Reporter
 from crumplezone.workers.model import check_file
 from crumplezone.workers.protocol import (
+    Adapt,
+    Adapted,
     CellConfig,
     CellInfo,
     Decode,
@@ -33,66 +28,20 @@ from crumplezone.workers.protocol import (
     Generate,
     Generated,
     Join,
+    Load,
+    MemoryOperation,
+    Remembered,
+    Resize,
+    Save,
+    Saved,
+    Span,
     Tokenize,
     Tokenized,
     batch_shapes,
     row_shapes,
 )
-from crumplezone.workers.settings import check_number
-
-Column = npt.NDArray[Any] | list[int] | list[bool]
 
 TARGET = "crumplezone.workers.native:LlamaCell"
-RC_MEANING = {
-    1: "no memory slot for the batch (rc 1)",
-    2: "aborted by its callback (rc 2)",
-    -1: "llama.cpp calls the batch invalid (rc -1)",
-    -2: "allocation failed (rc -2)",
-    -3: "computation failed (rc -3)",
-}
-
-
-class RefusedError(Exception):
-    """The native call returned a code other than 0; the cell lives."""
-
-    def __init__(self, rc: int) -> None:
-        super().__init__(RC_MEANING.get(rc, f"rc {rc}"))
-        self.rc = rc
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a call gave back: float32, one row per requested output, or None where not asked."""
-
-    logits: npt.NDArray[np.float32] | None
-    embeddings: npt.NDArray[np.float32] | None
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What is wanted of a decode."""
-
-    logits: bool = True
-    embeddings: bool = False
-    encode: bool = False
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds for one native call, and bytes of resident memory for one cell; None: no limit.
-
-    Raises:
-        InputError: One is out of range.
-    """
-
-    deadline: float | None
-    memory: int | None
-
-    def __post_init__(self) -> None:
-        if self.deadline is not None:
-            check_number("deadline", self.deadline, 1e-3, 1e7)
-        if self.memory is not None:
-            check_integer("memory_limit", self.memory, 1, 2**63 - 1)
 
 
 class Runner:
@@ -126,6 +75,11 @@ class Runner:
         if self._info is None:
             self.start()
         assert self._info is not None
+        return self._info
+
+    @property
+    def known(self) -> CellInfo | None:
+        """Facts of the model, if a cell ever ran."""
         return self._info
 
     @property
@@ -176,50 +130,122 @@ class Runner:
         what = text.summary(Report("", "", evidence, result=result))
         return ModelError(self.config.model, f"llama.cpp died while loading it. {what} Report: {path}", path)
 
-    def decode(self, entries: Sequence[Entry], ask: Ask, chunk: int = 0) -> Rows:
-        """Decode (or encode) sequences from empty memory, in one native call or ``chunk`` tokens a time.
-
-        Raises:
-            RefusedError: The return code was not 0.
-            CellDied: The cell was lost.
-        """
-        lengths = [len(entry.tokens) for entry in entries]
-        columns = (
-            np.concatenate([entry.tokens for entry in entries]),
-            np.concatenate([np.arange(length) for length in lengths]),
-            np.repeat([entry.seq_id for entry in entries], lengths),
-            np.concatenate([entry.outputs for entry in entries]),
-        )
-        return self.send(columns, ask, chunk)
-
-    def send(self, columns: tuple[Column, Column, Column, Column], ask: Ask, chunk: int = 0) -> Rows:
-        """`decode` a batch as it stands, be it valid or not.
+    def send(self, columns: Columns, ask: Ask, chunk: int = 0, *, fresh: bool = True) -> Rows:
+        """Decode (or encode) a batch as it stands, be it valid or not.
 
         Args:
-            columns: Tokens, positions, sequence ids (int32) and outputs (bool), each of shape (n,).
+            columns: The batch.
             ask: What is wanted.
             chunk: Tokens per native call; 0: all in one.
+            fresh: Clear the memory first.
 
         Raises:
             RefusedError: The return code was not 0.
             CellDied: The cell was lost.
         """
         cell, info = self.start(), self.info
-        n_tokens, n_outputs = len(columns[0]), int(np.count_nonzero(columns[3]))
-        request = Decode(n_tokens, n_outputs, ask.logits, ask.embeddings, ask.encode, chunk)
-        arena = cell.arena.arrays([*batch_shapes(n_tokens), *row_shapes(request, info)])
-        for room, column in zip(arena, columns, strict=False):
-            room[:] = column
-        self._check(cell.call(request, Decoded, self._limits.deadline).rc)
+        n_outputs = int(np.count_nonzero(columns.outputs))
+        request = Decode(
+            n_tokens=len(columns),
+            n_outputs=n_outputs,
+            logits=ask.logits,
+            embeddings=ask.embeddings,
+            encode=ask.encode,
+            chunk=chunk,
+            fresh=fresh,
+            n_seq_ids=len(columns.seq_ids),
+            n_embd=0 if columns.embd is None else columns.embd.shape[1],
+            nulls=sorted(columns.nulls),
+        )
+        shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
+        arena = cell.arena.arrays([*shapes, *row_shapes(request, info)])
+        first = columns.tokens if columns.embd is None else columns.embd.ravel()
+        filled = (first, columns.positions, columns.seq_ids, columns.outputs, columns.n_seq_id)
+        for room, column in zip(arena, filled, strict=False):
+            room[:] = 0 if column is None else column
+        decoded = cell.call(request, Decoded, self._limits.deadline)
+        self._check(decoded.rc, decoded.spans)
         rows = Rows(
             arena[6].reshape(n_outputs, info.n_vocab).copy() if ask.logits else None,
             arena[7].reshape(n_outputs, info.n_embd).copy() if ask.embeddings else None,
+            self._checked(decoded.spans),
         )
         for name, each in (("logits", rows.logits), ("embeddings", rows.embeddings)):
             if each is not None and not (finite := np.isfinite(each).all(axis=1)).all():
                 row = int(finite.argmin())
                 raise cell.condemn(Exit.NON_FINITE, f"NaN or infinity in the {name} of output {row}")
         return rows
+
+    def operate(self, request: MemoryOperation) -> Remembered:
+        """One operation on the memory; its arguments must have been checked.
+
+        Raises:
+            CellDied: The cell was lost.
+        """
+        remembered = self.start().call(request, Remembered, self._limits.deadline)
+        self._checked(remembered.spans)
+        return remembered
+
+    def save(self, seq_id: int) -> bytes:
+        """The state of a sequence.
+
+        Raises:
+            CellDied: The cell was lost.
+        """
+        cell = self.start()
+        size = cell.call(Save(seq_id), Saved, self._limits.deadline).size
+        if size > cell.arena.room:
+            cell.arena.reserve([("u1", size)])
+            size = cell.call(Save(seq_id), Saved, self._limits.deadline).size
+        if size > cell.arena.room:
+            raise cell.condemn(Exit.PROTOCOL, f"the cell says that a state has {size} bytes")
+        (state,) = cell.arena.arrays([("u1", size)])
+        return state.tobytes()
+
+    def load(self, seq_id: int, state: bytes) -> Remembered:
+        """Replace a sequence by a saved state.
+
+        Raises:
+            CellDied: The cell was lost.
+        """
+        cell = self.start()
+        (room,) = cell.arena.arrays([("u1", len(state))])
+        room[:] = np.frombuffer(state, np.uint8)
+        remembered = cell.call(Load(seq_id, len(state)), Remembered, self._limits.deadline)
+        self._checked(remembered.spans)
+        return remembered
+
+    def resize(self, n_ctx: int, n_seq_max: int) -> None:
+        """Make a new, empty context over the loaded model; later cells will have it too.
+
+        Raises:
+            ModelError: The context could not be made. The cell is gone.
+            CellDied: The cell was lost.
+        """
+        cell = self.start()
+        try:
+            self._info = cell.call(Resize(n_ctx, n_seq_max), CellInfo, self._limits.deadline)
+        except CellRefused as refused:
+            self.close()
+            raise ModelError(self.config.model, f"no such context can be made: {refused}") from refused
+        self.config = msgspec.structs.replace(self.config, n_ctx=n_ctx, n_seq_max=n_seq_max)
+
+    def adapt(self, adapters: Adapters) -> None:
+        """Set the adapters of the context.
+
+        Raises:
+            InputError: One of them is none of this model.
+            CellDied: The cell was lost.
+        """
+        cell = self.start()
+        (room,) = cell.arena.arrays([("f4", len(adapters.vector))])
+        room[:] = adapters.vector
+        paths, scales = [path for path, _ in adapters.lora], [scale for _, scale in adapters.lora]
+        request = Adapt(paths, scales, len(adapters.vector), *adapters.layers)
+        try:
+            cell.call(request, Adapted, self._limits.deadline)
+        except CellRefused as refused:
+            raise InputError("adapters", paths or "control vector", str(refused)) from refused
 
     def tokenize(self, prompt: str) -> npt.NDArray[np.int32]:
         """Token ids of a prompt, int32, with the model's special tokens.
@@ -308,8 +334,16 @@ class Runner:
         if self._cell is not None:
             self._cell.close()
 
-    def _check(self, rc: int) -> None:
+    def _check(self, rc: int, spans: Sequence[Span] = ()) -> None:
         if rc:
             if rc < -1:  # -2 and -3 leave a context that is not to be trusted
                 self.close()
-            raise RefusedError(rc)
+            raise RefusedError(rc, self._checked(spans))
+
+    def _checked(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """What a cell says of its memory, if it can be true."""
+        n_seq_max = self.config.n_seq_max
+        if any(span.seq_id >= n_seq_max or span.begin > span.last for span in spans):
+            assert self._cell is not None
+            raise self._cell.condemn(Exit.PROTOCOL, "the cell told of sequences that there cannot be")
+        return spans

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,31 +11,32 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from crumplezone.errors import CellDied, CrumplezoneError, SequenceError
+from crumplezone.errors import CellDied, CrumplezoneError, MemoryLostError, SequenceError
 from crumplezone.reports.schema import BatchRecord, Outcome
 from crumplezone.reports.store import default_directory
-from crumplezone.workers.batch import Batch, Entry, record
-from crumplezone.workers.incident import Case, Reporter
-from crumplezone.workers.protocol import CellConfig
+from crumplezone.workers.batch import Batch
+from crumplezone.workers.calls import Ask, Limits, RefusedError, Rows
+from crumplezone.workers.columns import Columns
+from crumplezone.workers.incident import Case, Reporter, record
+from crumplezone.workers.journal import Journal
 from crumplezone.workers.results import Result, Rung, SequenceResult
-from crumplezone.workers.runner import Ask, Limits, RefusedError, Runner
-from crumplezone.workers.settings import configure
+from crumplezone.workers.runner import Runner
+from crumplezone.workers.settings import capacity, configure
+from crumplezone.workers.validate import Memory, validate
 
 _T = TypeVar("_T")
 
 
 class Descent:
-    """The safe rungs of one ladder: split at n_batch, then token by token, each in a cell of their own.
+    """The safe rungs of a ladder: one sequence at a time, split at n_batch, then token by token.
 
     Args:
-        config: Of the native rung; this one has a single sequence of the same length.
-        limits: Of every call and cell.
+        runner: The cell, a new one after each crash.
         reporter: Where crashes go.
     """
 
-    def __init__(self, config: CellConfig, limits: Limits, reporter: Reporter) -> None:
-        one = msgspec.structs.replace(config, n_seq_max=1, n_ctx=max(1, config.n_ctx // config.n_seq_max))
-        self.runner = Runner(one, limits, reporter)
+    def __init__(self, runner: Runner, reporter: Reporter) -> None:
+        self.runner = runner
         self._reporter = reporter
 
     def attempt(
@@ -59,6 +61,8 @@ class Descent:
             except CellDied as died:
                 report = self._reporter.add(case, died.incident, rung, batch(chunk), self.runner.config)
                 problem, outcome = str(died), Outcome.CRASHED
+            except MemoryLostError:  # there is nothing left to append to
+                raise
             except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no second cell could be had
                 problem, outcome = str(refused), Outcome.REFUSED
             else:
@@ -78,18 +82,48 @@ class Descent:
                 case.no_cell = str(error)
         return case.no_cell
 
-    def decode(self, entry: Entry, ask: Ask, case: Case) -> SequenceResult:
-        """One sequence of a batch. Without an encoder, encoding is decoding, with a row per token."""
-        alone = Entry(0, entry.tokens, entry.outputs)
+    def decode(self, columns: Columns, ask: Ask, case: Case) -> list[SequenceResult]:
+        """Each sequence from empty memory. Without an encoder, encoding is decoding, with a row per token."""
         operation = "encode" if ask.encode and self.runner.has_encoder else "decode"
         ask = Ask(ask.logits, ask.embeddings, encode=operation == "encode")
-        rows, rung, error = self.attempt(
-            entry.seq_id,
-            case,
-            lambda runner, chunk: runner.decode([alone], ask, chunk),
-            lambda chunk: record([alone], operation, chunk=chunk, embeddings=ask.embeddings),
-        )
-        return SequenceResult(entry, rows, rung, error)
+
+        def send(runner: Runner, alone: Columns, chunk: int) -> Rows:
+            return runner.send(alone, ask, chunk)
+
+        return self.each(columns, ask, case, operation, send)
+
+    def each(
+        self,
+        columns: Columns,
+        ask: Ask,
+        case: Case,
+        operation: str,
+        send: Callable[[Runner, Columns, int], Rows],
+        journal: Journal | None = None,
+    ) -> list[SequenceResult]:
+        """Give the sequences of a batch to ``send``, one by one."""
+        results = []
+        for seq_id in dict.fromkeys(columns.seq_ids.tolist()):
+            alone = columns.alone(seq_id)
+            work = functools.partial(_send_alone, send, alone)
+            kept = functools.partial(
+                _record_alone, alone, operation, embeddings=ask.embeddings, journal=journal
+            )
+            rows, rung, error = self.attempt(seq_id, case, work, kept)
+            results.append(SequenceResult(seq_id, alone.positions[alone.outputs], rows, rung, error))
+        return results
+
+
+def _send_alone(
+    send: Callable[[Runner, Columns, int], Rows], alone: Columns, runner: Runner, chunk: int
+) -> Rows:
+    return send(runner, alone, chunk)
+
+
+def _record_alone(
+    alone: Columns, operation: str, chunk: int, *, embeddings: bool, journal: Journal | None
+) -> BatchRecord:
+    return record(alone, operation, chunk=chunk, embeddings=embeddings, journal=journal)
 
 
 class SafeBatchProcessor:
@@ -123,7 +157,7 @@ class SafeBatchProcessor:
         self._config = configure(model, n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
         limits = Limits(deadline, None)
         self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
-        self._descent = Descent(self._config, limits, self._reporter)
+        self._descent = Descent(Runner(self._config, limits, self._reporter), self._reporter)
 
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
         """Decode each sequence from empty memory; a sequence that crashes alone fails alone.
@@ -132,14 +166,20 @@ class SafeBatchProcessor:
             InputError: A token or length is out of range.
             ModelError: The model could not be loaded.
         """
-        info = self._descent.runner.info
-        batch.check(info.n_vocab, batch.n_seq_max, info.n_ctx_seq)
+        runner = self._descent.runner
+        columns, ask = batch.columns(), Ask(embeddings=embeddings)
+        # A cell of one sequence takes them in turn, each by itself.
+        limits = msgspec.structs.replace(runner.config, n_seq_max=batch.n_seq_max)
+        validate(columns, capacity(runner.info, limits, embeddings=embeddings), Memory.empty(batch.n_seq_max))
         case = Case()
-        ask = Ask(embeddings=embeddings)
-        sequences = [self._descent.decode(entry, ask, case) for entry in batch.entries]
+
+        def send(runner: Runner, alone: Columns, chunk: int) -> Rows:
+            return runner.send(alone.renamed(0), ask, chunk)
+
+        sequences = self._descent.each(columns, ask, case, "decode", send)
         done = sum(not each.error for each in sequences)
         case.result = f"{done} of {len(sequences)} sequences decoded one at a time"
-        self._reporter.file(case, self._config, info)
+        self._reporter.file(case, self._config, runner.info)
         return Result(sequences, case.reports)
 
     def close(self) -> None:

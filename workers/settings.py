@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from crumplezone.errors import InputError, check_integer
-from crumplezone.workers.batch import LLAMA_MAX_SEQ
+from crumplezone.workers.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.model import check_file
-from crumplezone.workers.protocol import CellConfig
+from crumplezone.workers.protocol import CellConfig, CellInfo
+from crumplezone.workers.validate import Capacity
 
 INT32_MAX = 2**31 - 1
 N_UBATCH = 512  # most tokens per compute pass, as in llama_context_default_params()
@@ -50,6 +51,27 @@ def configure(
         n_seq_max=int(n_seq_max),
         n_threads=int(n_threads) or len(os.sched_getaffinity(0)),
         n_gpu_layers=int(n_gpu_layers),
+    )
+
+
+def capacity(info: CellInfo, config: CellConfig, *, embeddings: bool) -> Capacity:
+    """What a cell can take in one call, as `validate` wants to know it.
+
+    Its n_batch is no limit here: what is larger is split on the safe rung.
+    """
+    return Capacity(
+        n_vocab=info.n_vocab,
+        n_embd=info.n_embd_inp,
+        n_batch=INT32_MAX,
+        n_ubatch=config.n_ubatch,
+        n_seq_max=config.n_seq_max,
+        n_ctx_seq=None if info.recurrent else info.n_ctx_seq,
+        causal=info.causal,
+        has_encoder=info.has_encoder,
+        has_decoder=info.has_decoder,
+        all_outputs=embeddings,
+        n_pos_per_embd=info.n_pos_per_embd,
+        n_positions=info.n_ctx_train if info.learned_positions else None,
     )
 
 

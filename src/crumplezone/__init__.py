@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crumplezone.workers.batch import Batch as Batch
     from crumplezone.workers.decoder import Decoder as Decoder
+    from crumplezone.workers.llama import Llama as Llama
+    from crumplezone.workers.llama_objects import LlamaGrammar as LlamaGrammar
+    from crumplezone.workers.llama_objects import LlamaPromptLookupDecoding as LlamaPromptLookupDecoding
+    from crumplezone.workers.llama_objects import LlamaRAMCache as LlamaRAMCache
+    from crumplezone.workers.llama_objects import LogitsProcessorList as LogitsProcessorList
+    from crumplezone.workers.llama_objects import StoppingCriteriaList as StoppingCriteriaList
     from crumplezone.workers.model import embedded_model as embedded_model
     from crumplezone.workers.results import Completion as Completion
     from crumplezone.workers.results import Result as Result
@@ -21,13 +27,33 @@ _HOMES = {
     "Batch": "batch",
     "Completion": "results",
     "Decoder": "decoder",
+    "Llama": "llama",
+    "LlamaGrammar": "llama_objects",
+    "LlamaPromptLookupDecoding": "llama_objects",
+    "LlamaRAMCache": "llama_objects",
+    "LogitsProcessorList": "llama_objects",
+    "StoppingCriteriaList": "llama_objects",
     "Result": "results",
     "Rung": "results",
     "SafeBatchProcessor": "safe",
     "embedded_model": "model",
 }
 
-__all__ = ["Batch", "Completion", "Decoder", "Result", "Rung", "SafeBatchProcessor", "embedded_model"]
+__all__ = [
+    "Batch",
+    "Completion",
+    "Decoder",
+    "Llama",
+    "LlamaGrammar",
+    "LlamaPromptLookupDecoding",
+    "LlamaRAMCache",
+    "LogitsProcessorList",
+    "Result",
+    "Rung",
+    "SafeBatchProcessor",
+    "StoppingCriteriaList",
+    "embedded_model",
+]
 
 
 def __getattr__(name: str) -> Any:
