@@ -118,6 +118,7 @@ def measure(path: Path, model: Any, n_seq: int, pairs: int, n_threads: int, repo
     ) as decoder:
 
         def supervised() -> Result:
+            decoder.memory.clear()
             return decoder.decode(Batch.of(sequences))
 
         for _ in range(WARM_UP):
