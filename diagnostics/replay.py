@@ -30,7 +30,8 @@ from crumplezone.workers.runner import Runner
 
 RUNS_MAX = 1000
 TOKENS_MAX = 2**20
-_NULL = re.compile(r"pos|n_seq_id|seq_id|logits|seq_id\[\d{1,7}\]")
+_INDEX = re.compile(r"0|[1-9][0-9]{0,6}")
+_NULL = re.compile(rf"pos|n_seq_id|seq_id|logits|seq_id\[({_INDEX.pattern})\]")
 _INT32 = (-(2**31), 2**31 - 1)
 _CONTEXT = {
     "n_ctx": (1, 2**24),  # llama.cpp clears this much memory before it looks at anything
@@ -165,7 +166,7 @@ def run(runner: Runner, batch: BatchRecord | None, report: Report) -> Run:
 
 def columns_of(batch: BatchRecord) -> Columns:
     """A recorded batch as it was sent."""
-    ids = [[first, *batch.shared.get(str(i), [])] for i, first in enumerate(batch.seq_ids)]
+    ids = sequences_of(batch)
     return Columns(
         tokens=np.array(batch.tokens, np.int32),
         embd=None,
@@ -175,6 +176,15 @@ def columns_of(batch: BatchRecord) -> Columns:
         outputs=np.array(batch.outputs, np.bool_),
         nulls=frozenset(batch.nulls),
     )
+
+
+def sequences_of(batch: BatchRecord) -> list[list[int]]:
+    """The sequences of each token of a recorded batch. One of none has the id -1, and no more of them."""
+    shared = [batch.shared.get(str(i)) for i in range(len(batch.seq_ids))]
+    return [
+        [] if first == -1 and more == [] else [first, *(more or [])]
+        for first, more in zip(batch.seq_ids, shared, strict=True)
+    ]
 
 
 def _held_columns(held: Held) -> Columns:
@@ -296,6 +306,7 @@ def _check_batch(batch: BatchRecord) -> None:
     for name in ("tokens", "positions", "seq_ids"):
         _check_int32(f"batch.{name}", getattr(batch, name))
     _check_unusual(batch, n_tokens)
+    check("len(batch.held)", len(batch.held), 0, 0 if batch.operation == "encode" else LLAMA_MAX_SEQ)
     for i, held in enumerate(batch.held):
         field = f"batch.held[{i}]"
         check(f"len({field}.tokens)", len(held.tokens), 1, TOKENS_MAX)
@@ -312,18 +323,20 @@ def _check_unusual(batch: BatchRecord, n_tokens: int) -> None:
         raise UsageError("the memory held copies, shifts or saved states: reports do not keep those")
     check("len(batch.shared)", len(batch.shared), 0, n_tokens)
     for index, seq_ids in batch.shared.items():
-        if not index.isdecimal() or int(index) >= n_tokens:
+        if not _INDEX.fullmatch(index) or int(index) >= n_tokens:
             raise InputError("batch.shared", index, f"must be indices below {n_tokens}")
         check(f"len(batch.shared[{index}])", len(seq_ids), 0, LLAMA_MAX_SEQ)
         _check_int32(f"batch.shared[{index}]", seq_ids)
     for name in batch.nulls:
         if not _NULL.fullmatch(name):
             raise InputError("batch.nulls", name, "must be pos, n_seq_id, seq_id, logits or seq_id[INDEX]")
-        if name.startswith("seq_id[") and int(name[7:-1]) >= n_tokens:
+        if "[" in name and int(name[7:-1]) >= n_tokens:
             raise InputError("batch.nulls", name, f"must be an index below {n_tokens}")
 
 
 def _check_generating(batch: BatchRecord) -> None:
+    for name in ("shared", "nulls", "held"):  # of a batch that is sent as it is
+        check(f"len(batch.{name})", len(getattr(batch, name)), 0, 0)
     check("len(batch.generating)", len(batch.generating), 1, LLAMA_MAX_SEQ)
     check("batch.chunk", batch.chunk, 1, TOKENS_MAX)
     seen = set()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 
 import msgspec
 
-from crumplezone.diagnostics.replay import Run, crashed, find_model, native_calls, read_recipe
+from crumplezone.diagnostics.replay import Run, crashed, find_model, native_calls, read_recipe, sequences_of
 from crumplezone.errors import CellDied, CellRefused
 from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Outcome, Report
 from crumplezone.reports.signature import sign
@@ -60,17 +60,16 @@ if not context:
 
 _CALL = Template('''
 
-def $operation(rows):
+def $operation(rows$parameter):
     """One native call."""
-    batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+    batch = llama_cpp.llama_batch_init(len(rows), 0, $width)
     batch.n_tokens = len(rows)
-    for i, (token, position, seq_id, output) in enumerate(rows):
+    for i, (token, position, $ids, output) in enumerate(rows):
         batch.token[i] = token
         batch.pos[i] = position
-        batch.n_seq_id[i] = 1
-        batch.seq_id[i][0] = seq_id
+$sequences
         batch.logits[i] = output
-    rc = llama_cpp.llama_$operation(context, batch)
+$nulls    rc = llama_cpp.llama_$operation(context, batch)
     llama_cpp.llama_batch_free(batch)
     if rc:
         sys.exit(f"no crash: llama_$operation returned {rc}")
@@ -86,17 +85,43 @@ _FINITE = Template("""\
                 sys.exit(f"$says {i}")
 """)
 
+_ONE = """\
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = seq_id"""
+
+_SEVERAL = """\
+        batch.n_seq_id[i] = len(seq_ids)
+        for j, seq_id in enumerate(seq_ids):
+            batch.seq_id[i][j] = seq_id"""
+
+_NULLS = Template("""\
+    if nulls:
+$lines
+""")
+
+_HELD = Template("""\
+# What the memory holds before, sequence by sequence: token, position, sequence, output
+HELD = [
+$held
+]
+
+for rows in HELD:
+    for begin in range(0, len(rows), $n_batch):
+        decode(rows[begin : begin + $n_batch])
+
+""")
+
 _WHOLE = Template("""\
-# token, position, sequence, output
+# token, position, $ids, output
 BATCH = [
 $batch
 ]
 
-${embeddings}$operation(BATCH)
+${embeddings}$operation(BATCH$argument)
 """)
 
 _CHUNKS = Template("""\
-# token, position, sequence, output
+# token, position, $ids, output
 BATCH = [
 $batch
 ]
@@ -199,8 +224,8 @@ def script(report: Report, model: Path | None = None) -> str:
     rows = "embeddings" if _has_embeddings(batch) else "logits"
     width = f"llama_cpp.llama_{_WIDTHS[rows]}"
     finite = _FINITE.substitute(rows=rows, width=width, says=_NON_FINITE) if non_finite else ""
-    text += _CALL.substitute(operation=operation, finite=finite)
-    text += _generate(batch) if batch.generating else _decode(batch, operation)
+    text += _call(batch, operation, finite)
+    text += _generate(batch) if batch.generating else _decode(batch, operation, recipe.config)
     return text + 'print("no crash")\n'
 
 
@@ -272,17 +297,48 @@ def _has_embeddings(batch: BatchRecord) -> bool:
     return batch.embeddings or batch.operation == "encode"
 
 
-def _decode(batch: BatchRecord, operation: str) -> str:
+def _call(batch: BatchRecord, operation: str, finite: str) -> str:
+    """The function that makes a native call. It knows of shared tokens and NULL only where there are any."""
+    lines = [f"        batch.{name} = None" for name in batch.nulls]
+    return _CALL.substitute(
+        operation=operation,
+        parameter=", nulls=False" if lines else "",
+        width=max(1, *map(len, sequences_of(batch))) if batch.shared else 1,
+        ids="seq_ids" if batch.shared else "seq_id",
+        sequences=_SEVERAL if batch.shared else _ONE,
+        nulls=_NULLS.substitute(lines="\n".join(lines)) if lines else "",
+        finite=finite,
+    )
+
+
+def _decode(batch: BatchRecord, operation: str, config: CellConfig) -> str:
     embeddings = _has_embeddings(batch)  # every token is an output then, as in the cell
-    columns = (batch.tokens, batch.positions, batch.seq_ids, batch.outputs)
+    columns = (batch.tokens, batch.positions, _ids(batch), batch.outputs)
     rows = [f"({t}, {p}, {s}, {int(o or embeddings)})" for t, p, s, o in zip(*columns, strict=True)]
     shape = _CHUNKS if 0 < batch.chunk < len(rows) else _WHOLE
-    return shape.substitute(
+    return _held(batch, min(config.n_batch, config.n_ctx)) + shape.substitute(
         batch=_wrapped(rows),
         chunk=batch.chunk,
         operation=operation,
         embeddings="llama_cpp.llama_set_embeddings(context, True)\n" if embeddings else "",
+        ids="sequences" if batch.shared else "sequence",
+        argument=", nulls=True" if batch.nulls else "",
     )
+
+
+def _ids(batch: BatchRecord) -> Sequence[int | tuple[int, ...]]:
+    return [tuple(each) for each in sequences_of(batch)] if batch.shared else batch.seq_ids
+
+
+def _held(batch: BatchRecord, n_batch: int) -> str:
+    if not batch.held:
+        return ""
+    sequences = []
+    for held in batch.held:
+        seq_id = f"({held.seq_id},)" if batch.shared else held.seq_id
+        rows = [f"({t}, {p}, {seq_id}, 0)" for t, p in zip(held.tokens, held.positions, strict=True)]
+        sequences.append(f"    [\n{_wrapped(rows, 8)}\n    ],")
+    return _HELD.substitute(held="\n".join(sequences), n_batch=n_batch)
 
 
 def _generate(batch: BatchRecord) -> str:

@@ -9,13 +9,12 @@ import functools
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import PurePosixPath
 
 from crumplezone.reports.schema import Frame
+from crumplezone.reports.spoken import base_name
 
 _FRAMES_MAX = 256  # looked at, of one stack
 _SYMBOL_MAX = 1024  # characters of a symbol that are looked at
-_PATH_MAX = 4096
 _NAME_MAX = 256  # characters of a normalised name
 
 # The machinery of dying and of calling from Python: where every crash passes, so it tells nothing. Names are
@@ -36,6 +35,14 @@ _RUNTIME_SYMBOL = re.compile(
     """,
     re.VERBOSE,
 )
+# Between what a thread of a pool does and who made it do so. With and without OpenMP, each thread runs the
+# same function: called by GOMP_parallel or ggml_graph_compute in the master, and in a worker by the function
+# that its thread began with (ggml-cpu.c).
+_SHARED_OUT_SYMBOL = re.compile(
+    r"GOMP_\w+|gomp_\w+|__kmp\w+|start_thread|(?:__)?clone3?|ggml_graph_compute(?:_secondary)?(?:_thread)?"
+)
+_SHARED_OUT_MODULE = re.compile(r"lib(?:gomp|omp|iomp5)(?:-[0-9a-f]+)?\.so")
+
 _RUNTIME_MODULE = re.compile(
     r"(?:lib(?:c|m|dl|rt|pthread|ffi|gomp|omp|iomp5|stdc\+\+|c\+\+|c\+\+abi|gcc_s|unwind)(?:-[0-9a-f]+)?"
     r"|libpython[\d.]*\w?|ld-linux[\w-]*|ld-musl[\w-]*|linux-vdso|_ctypes)\.so|python[\d.]*\w?|\[.*"
@@ -60,11 +67,6 @@ _LAMBDA = re.compile(r"\{lambda[^{}]*\}|'lambda\d*'|(?<=::)\$_\d+")
 _NUMBERED = re.compile(r"#\d+(?=\})")  # GCC's "{unnamed type#1}"
 
 _TRAMPOLINES = {"__restore_rt", "__kernel_rt_sigreturn"}  # of x86-64 and aarch64
-
-
-def base_name(path: str) -> str:
-    """The last part of a path of any length."""
-    return PurePosixPath(path[-_PATH_MAX:]).name
 
 
 def module_name(path: str) -> str:
@@ -113,6 +115,20 @@ def interrupted(frames: list[Frame]) -> list[Frame]:
 def meaningful(frames: Iterable[Frame]) -> Iterator[Frame]:
     """The native frames that are not part of a runtime, innermost first."""
     return (frame for frame in islice(frames, _FRAMES_MAX) if not is_runtime(frame))
+
+
+def task(frames: Iterable[Frame]) -> Iterator[Frame]:
+    """The meaningful frames of what the thread was given to do, which are those of any thread of its pool."""
+    begun = False
+    for frame in islice(frames, _FRAMES_MAX):
+        if begun and (
+            _SHARED_OUT_SYMBOL.fullmatch(name(frame))
+            or _SHARED_OUT_MODULE.fullmatch(module_name(frame.module))
+        ):
+            return
+        if not is_runtime(frame):
+            begun = True
+            yield frame
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import MAXYEAR, MINYEAR, UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +31,7 @@ MAX_BYTES = 256 << 20
 _MAX_CHARS = 512
 _VERSION = 1  # of Row and row_of
 
+_Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Stamp = tuple[int, int, int]
 """A state of report.json: mtime in nanoseconds, size, inode (which differs after two updates in one tick)."""
 
@@ -68,9 +69,18 @@ class Row(
     llama_cpp_python: _Text = ""
     redacted: bool = False
     same_as: _Text = ""
-    bytes: Annotated[int, msgspec.Meta(ge=0)] = 0  # of all files of the report
+    bytes: _Bytes = 0  # of all files of the report
     problem: _Text = ""  # why it cannot be read
     corrupt: bool = False  # it cannot be read, and nobody else could
+
+    def __post_init__(self) -> None:
+        check_time(self.crashed_at)
+
+
+def check_time(time: datetime) -> None:
+    """Raise a ValueError for a time at an end of the calendar, which another time zone may not have."""
+    if not MINYEAR < time.year < MAXYEAR:
+        raise ValueError(f"no time in the year {time.year}")
 
 
 def stamp_of(found: os.stat_result) -> Stamp:
@@ -172,6 +182,7 @@ def _cut(text: str) -> str:
 def _time(text: str) -> datetime | None:
     try:
         time = datetime.fromisoformat(text)
+        check_time(time)
         return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
+    except ValueError:
         return None

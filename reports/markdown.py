@@ -182,7 +182,8 @@ def _batch(batch: BatchRecord | None) -> list[str]:
         positions = [position for position, _ in tokens]
         wanted = sum(output for _, output in tokens)
         lines.append(f"| {seq_id} | {len(tokens)} | {min(positions)} | {max(positions)} | {wanted} |")
-    total = f"{len(batch.tokens)} tokens in {len(rows)} sequences."
+    left_out = f", without {batch.cut} that are left out of its middle" if batch.cut else ""
+    total = f"{len(batch.tokens)} tokens in {len(rows)} sequences{left_out}."
     return [*lines, "", *_more(_MAX_ROWS, len(rows)), total]
 
 

@@ -25,6 +25,8 @@ import msgspec
 from crumplezone.errors import ReportError
 from crumplezone.reports import files, schema
 from crumplezone.reports.schema import Report
+from crumplezone.reports.signature import VERSION
+from crumplezone.reports.spoken import base_name, is_own, parted, shorten_paths
 from crumplezone.reports.text import printable
 
 KEY_NAME = ".redaction-key"
@@ -32,35 +34,8 @@ KEY_BYTES = 32
 
 _MAX_FOLDERS = 256
 
-_STOP = r"\s\"'`,;:=()\[\]{}<>|"  # ends a path that is not quoted
-_PATH = re.compile(
-    r"(?P<quote>[\"'])(?=(?:~|\.\.?)?/)[^\"'\n]*(?=(?P=quote))"  # quoted: it may hold spaces
-    rf"|(?<![^{_STOP}])(?:"
-    rf"(?:~|\.\.?|(?=/+[^/{_STOP}]+/))/[^{_STOP}]*"  # ~/x, ./x, ../x, /x/y
-    rf"|[^/{_STOP}]+(?:/+[^/{_STOP}]+){{2,}}/*"  # x/y/z
-    rf"|[^/{_STOP}]+/[^{_STOP}]*\.[A-Za-z][A-Za-z0-9]{{0,5}}"  # x/y.ext; x/y may be a division
-    rf")(?=[{_STOP}]|$)"
-)
-
-# Lines in which a dying process speaks of itself rather than of its input.
-_TELLING = re.compile(
-    r"""
-      (?:\S+:\d+:\ )?(?:GGML_ASSERT\(.*\)\ failed|fatal\ error)  # ggml_abort
-      # libstdc++: vterminate.cc
-    | terminate\ called\ (?:recursively|without\ an\ active\ exception|after\ throwing\ an\ instance\ of\ .*)
-    | \ \ what\(\):\ .*
-      # glibc: fortify_fail.c, malloc.c
-    | \*\*\*\ .*\ \*\*\*:\ terminated
-    | (?:double\ free\ or\ corruption|(?:free|malloc|malloc_consolidate|realloc|munmap_chunk)\(\):
-        |corrupted\ (?:size\ vs\.\ prev_size|double-linked\ list|unsorted\ chunks))[\w\ .,:!()<>/-]{0,80}
-      # CPython: faulthandler.c, traceback.c
-    | Fatal\ Python\ error:\ [\w\ ()-]{1,80}
-    | (?:Current\ thread|Thread|Stack)\ .{0,80}\(most\ recent\ call\ first\):
-    | \ \ (?:File\ ".*",\ line\ \d+\ in\ \S+|Binary\ file\ ".*",\ at\ \S+\ \[0x[0-9a-f]+\]|<.{1,80}>|\.\.\.)
-    | Extension\ modules:\ [\w.,\ ():]*
-    """,
-    re.VERBOSE,
-)
+# Before what an error quotes, "cell 12: crashed" and "create_completion: cell 12: crashed" are ours.
+_TOLD = re.compile(r"(?:\w+: )?(?:cell \d+: )?(?:(?!: )[^\"'`])*")
 
 VARIABLES = re.compile(
     r"(?:CUDA|HIP|ROCR|GGML_VK)_VISIBLE_DEVICES|CUDA_LAUNCH_BLOCKING|HSA_OVERRIDE_GFX_VERSION"
@@ -83,6 +58,10 @@ def redact(report: Report, key: bytes) -> Report:
     """
     if report.redacted:
         return report
+    signed = report.signature
+    if signed and signed.version != VERSION:  # those of version 1 quote what() of an exception
+        signed = msgspec.structs.replace(signed, key=[], title=signed.fault_class)
+        report = msgspec.structs.replace(report, signature=signed)
     return msgspec.structs.replace(_Redactor(report, key).struct(report), redacted=True)
 
 
@@ -126,20 +105,6 @@ def _make_key(path: Path) -> None:
         fresh.unlink()
 
 
-def shorten_paths(text: str) -> str:
-    """Replace each path in a text by its base name. ``n_tokens/n_seqs``, as in an assertion, stays."""
-    return _PATH.sub(_shorten, text)
-
-
-def _shorten(found: re.Match[str]) -> str:
-    quote = found["quote"] or ""
-    return quote + _base_name(found[0].removeprefix(quote))
-
-
-def _base_name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
-
-
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 
@@ -167,10 +132,21 @@ class _Redactor:
         return value if value is None else self.struct(value)
 
     def base(self, path: str) -> str:
-        return _base_name(path)
+        return base_name(path)
 
     def text(self, text: str) -> str:
         return shorten_paths(self._folders.sub("", text) if self._folders else text)
+
+    def spoken(self, text: str) -> str:
+        """The text of an abort. Its signature stays the same."""
+        own, rest = parted(text)
+        return f"{own}\n{self._hashed(rest)}" if rest.strip() else own
+
+    def told(self, text: str) -> str:
+        """A sentence of ours, which may end in the message of an exception."""
+        found = _TOLD.match(text)
+        end = found.end() if found else 0
+        return self.text(text[:end]) + (self._hashed(text[end:]) if text[end:].strip() else "")
 
     def texts(self, texts: list[str]) -> list[str]:
         return [self.text(text) for text in texts]
@@ -195,12 +171,13 @@ class _Redactor:
 
     def variables(self, table: dict[str, str]) -> dict[str, str]:
         known = {name: value for name, value in table.items() if VARIABLES.fullmatch(name)}
-        return {name: ":".join(map(_base_name, value.split(":"))) for name, value in known.items()}
+        return {name: ":".join(map(base_name, value.split(":"))) for name, value in known.items()}
 
     def _line(self, line: str) -> str:
-        if not line or _TELLING.fullmatch(line.removesuffix("\r")):
-            return self.text(line)
-        return f"{self._hash('line', line).hex()[:12]} ({len(line)} characters)"
+        return self.text(line) if not line or is_own(line) else self._hashed(line)
+
+    def _hashed(self, text: str) -> str:
+        return f"{self._hash('line', text).hex()[:12]} ({len(text)} characters)"
 
     def _is_mapped(self, value: str) -> bool:
         number = _number(value)
@@ -233,7 +210,7 @@ def _odd_folders(report: Report) -> re.Pattern[str] | None:
     paths = {path for stack in stacks for frame in stack for path in (frame.file, frame.module)}
     paths |= {mapping.path for mapping in evidence.maps}
     paths |= {found.path for found in [report.model] if found}
-    folders = {path.rpartition("/")[0] for path in paths if shorten_paths(path) != _base_name(path)}
+    folders = {path.rpartition("/")[0] for path in paths if shorten_paths(path) != base_name(path)}
     longest_first = sorted(folders - {"", "."}, key=len, reverse=True)[:_MAX_FOLDERS]
     return (
         re.compile("|".join(rf"{re.escape(folder)}/+" for folder in longest_first)) if longest_first else None
@@ -250,7 +227,7 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
     schema.Fault: _fields(
         keep="signal name code code_name address access trap sender_pid", drop="sender_uid"
     ),
-    schema.Assertion: _fields(keep="source line", base="file", text="text"),
+    schema.Assertion: _fields(keep="source line", base="file", spoken="text"),
     schema.Step: _fields(keep="name ok ms", text="detail remedy"),
     schema.Mapping: _fields(keep="start end perms offset build_id", base="path"),
     schema.Sample: _fields(keep="ms rss cpu"),
@@ -268,12 +245,12 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
     schema.Generating: _fields(keep="seq_id max_tokens temperature seed", tokens="tokens"),
     schema.Held: _fields(keep="seq_id positions", tokens="tokens"),
     schema.BatchRecord: _fields(
-        keep="positions seq_ids outputs operation chunk embeddings shared nulls n_embd held_more",
+        keep="positions seq_ids outputs operation chunk embeddings shared nulls n_embd cut held_more",
         tokens="tokens",
         structs="generating held",
     ),
     schema.ModelRecord: _fields(keep="size sha256 description", base="path"),
-    schema.LadderStep: _fields(keep="rung outcome sequences ms", text="detail"),
+    schema.LadderStep: _fields(keep="rung outcome sequences ms", told="detail"),
     schema.Environment: _fields(keep="cpu cpu_flags system_info", table="versions", variables="variables"),
     schema.Signature: _fields(keep="id fault_class confidence version", texts="key", text="title"),
     schema.Verdict: _fields(keep="kind", text="because"),
@@ -283,7 +260,7 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
         keep="id crashed_at written_at schema_version rung blamed redacted same_as",
         structs="evidence batch model environment ladder caller signature verdict replays minimal",
         table="context",
-        text="result",
+        told="result",
     ),
 }
 """The rule of each field of the schema: a method of `_Redactor`, or "drop"."""

@@ -11,16 +11,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from crumplezone.errors import InputError, check_integer
 from crumplezone.reports import files
-from crumplezone.reports.index import Row
+from crumplezone.reports.index import Row, check_time
 
 _LEDGER = ".pruned.json"
 _LEDGER_BYTES = 64 << 20
 _LOCK = ".lock"
+_Time = Annotated[datetime, msgspec.Meta(tz=True)]
 _ABANDONED_S = 3600.0  # a temporary this old has no writer any more
 
 
@@ -71,9 +73,13 @@ class Count(msgspec.Struct, frozen=True):
     """Reports of one signature ("": none is known) that were removed."""
 
     signature: str
-    removed: int
-    first_seen: datetime
-    last_seen: datetime
+    removed: Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
+    first_seen: _Time
+    last_seen: _Time
+
+    def __post_init__(self) -> None:
+        check_time(self.first_seen)
+        check_time(self.last_seen)
 
     @classmethod
     def of(cls, row: Row) -> Count:

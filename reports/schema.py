@@ -5,7 +5,9 @@ Addresses and registers are hexadecimal strings: JSON readers elsewhere lose 64-
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
+from typing import Any
 
 import msgspec
 
@@ -15,12 +17,11 @@ SCHEMA_VERSION = 1
 class Exit(StrEnum):
     """How a cell ended."""
 
-    CLEAN = "clean"  # asked to stop, and did
     SIGNAL = "signal"  # a fatal signal raised by native code: SIGSEGV, SIGBUS, SIGFPE, SIGILL, ...
     ABORT = "abort"  # SIGABRT: GGML_ASSERT, std::terminate, glibc's heap checks
     HANG = "hang"  # no reply within the deadline; killed by the supervisor
     OOM = "oom"  # killed for memory, by its limit or by the kernel
-    KILLED = "killed"  # SIGKILL or SIGTERM from a stranger
+    KILLED = "killed"  # a signal from a stranger, or an exit status that somebody else took
     NATIVE_EXIT = "native_exit"  # exit(n) called by native code in the middle of a request
     FAILED_START = "failed_start"  # never became ready, for no reason above
     PROTOCOL = "protocol"  # alive, but closed its socket or sent what cannot be decoded; killed
@@ -32,7 +33,7 @@ class VerdictKind(StrEnum):
 
     BATCH_ONLY = "batch-only"  # the safe path cured it: the sequences crash together, not alone
     INPUT = "input"  # a sequence crashes alone too
-    FLAKY = "flaky"  # the native path passed when it was repeated
+    FLAKY = "flaky"  # the native path passed when it was repeated, each time or now and then
     ENVIRONMENT = "environment"  # out of memory, a stranger's kill, or a cell that never became ready
 
 
@@ -189,6 +190,7 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     nulls: list[str] = []  # fields of llama_batch that were NULL: "pos", "seq_id[3]", ...
     n_embd: int = 0  # the batch had vectors of this size instead of tokens; they are not kept
     held: list[Held] = []  # what the memory held before, if it was made of plain tokens
+    cut: int = 0  # tokens left out of the middle, as the report would have been too large
     held_more: bool = False  # it held something else too: copies, shifts, saved states, vectors
 
 
@@ -284,9 +286,40 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     same_as: str = ""  # in a storm: the id of the full report that this one only counts towards
 
 
+# Written by `msgspec.json.format`, one number a line. No string of JSON holds a line feed.
+_NUMBERS = re.compile(rb"\[(?>\n +(?:-?[\d.eE+-]+|true|false|null),?)++\n *\]")
+
+
 def encode(report: Report) -> bytes:
-    """Encode a report as indented JSON, UTF-8."""
-    return msgspec.json.format(msgspec.json.encode(report), indent=1)
+    """Encode a report as indented JSON, UTF-8, each list of numbers on one line.
+
+    Raises:
+        UnicodeEncodeError: It holds what UTF-8 does not have, see `utf8`.
+    """
+    indented = msgspec.json.format(msgspec.json.encode(report), indent=1)
+    return _NUMBERS.sub(lambda found: found[0].translate(None, b" \n"), indented)
+
+
+def utf8(report: Report) -> Report:
+    r"""A report that can be encoded, with ``\udc80`` for the byte 0x80.
+
+    Paths, arguments and variables are bytes that need not be UTF-8, see `os.fsdecode`.
+    """
+    try:
+        msgspec.json.encode(report)
+    except UnicodeEncodeError:
+        return msgspec.convert(_escaped(msgspec.to_builtins(report)), Report)
+    return report
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    if isinstance(value, dict):
+        return {_escaped(name): _escaped(each) for name, each in value.items()}
+    return value
 
 
 def decode(data: bytes) -> Report:

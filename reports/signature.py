@@ -8,17 +8,17 @@ import re
 import signal
 from itertools import islice
 
-from crumplezone.reports.frames import base_name, function, meaningful, name
-from crumplezone.reports.redact import shorten_paths
+from crumplezone.reports.frames import function, meaningful, name, task
 from crumplezone.reports.schema import Assertion, Evidence, Exit, Frame, Report, Signature, Thread
+from crumplezone.reports.spoken import base_name, parted
 from crumplezone.reports.text import crashed_thread, printable
 
-VERSION = 1
+VERSION = 2
 """Of the algorithm. It is part of every id: raise it whenever an id could change."""
 
 _KEY_FRAMES = 3
 _STACK_FRAMES = 64
-_TEXT_MAX = 8 * 1024  # characters of a text that are looked at
+_TEXT_MAX = 8 * 1024  # characters of faulthandler's text that are looked at
 _PART_MAX = 512  # characters of one part of the key
 _TITLE_MAX = 160
 
@@ -27,7 +27,7 @@ _HAVE_A_PLACE = {Exit.SIGNAL, Exit.ABORT, Exit.HANG}
 
 _SIGNAL = re.compile(r"SIG[A-Z0-9+-]{2,12}")
 # ggml.h: GGML_ASSERT(x) is GGML_ABORT("GGML_ASSERT(%s) failed", #x), so its numbers are those of the source.
-_GGML_ASSERT = re.compile(r"GGML_ASSERT\(.*\) failed", re.DOTALL)
+_GGML_ASSERT = re.compile(r"GGML_ASSERT\(.*\) failed")
 _VARYING = re.compile(
     r"(?<![A-Za-z_0-9])-?(?:0x[0-9a-fA-F]+|(?=[a-f]*[0-9])[0-9a-f]{8,}(?![A-Za-z_0-9])"
     r"|[0-9]+(?:\.[0-9]+)*(?:[eE][-+]?[0-9]+)?)"
@@ -39,16 +39,18 @@ def sign(report: Report) -> Signature:
     """Compute the signature of a report, of any content.
 
     Only the evidence counts. The id is the SHA-256 of the version of the algorithm, the fault class, and
-    either the normalised assertion or the innermost three frames that are not part of a runtime. A message
-    that many places share ("double free or corruption", "fatal error") has its frames too.
+    either the normalised assertion or the innermost three frames that have a name and are not part of a
+    runtime. A message that many places share ("double free or corruption", "fatal error", an exception's
+    type) has its frames too.
     """
     evidence = report.evidence
     fault_class = _fault_class(evidence)
     asserted = _assertion(evidence.assertion)
     key, confidence = _place(report)
-    if asserted:
-        is_alone = "GGML_ASSERT(" in asserted or confidence == "low"
-        key, confidence = [asserted] if is_alone else [asserted, *key], "high"
+    if asserted.startswith("GGML_ASSERT("):
+        key, confidence = [asserted], "high"
+    elif asserted:
+        key = [asserted, *key] if confidence == "high" else [asserted]
     encoded = json.dumps([VERSION, fault_class, *key], separators=(",", ":"))
     return Signature(
         id=hashlib.sha256(encoded.encode()).hexdigest(),
@@ -65,17 +67,23 @@ def frames(report: Report) -> list[str]:
 
     Native frames without those of runtimes; if there are none, the Python frames.
     """
-    return [_part(name(frame)) for frame in _native(report)] or _python(report)
+    thread = _thread(report)
+    native = islice(meaningful(thread.native), _STACK_FRAMES) if thread else ()
+    return [_part(name(frame)) for frame in native] or _python(report)
 
 
 def _place(report: Report) -> tuple[list[str], str]:
     """The innermost frames, and how much they can be trusted."""
     if report.evidence.exit not in _HAVE_A_PLACE:
         return [], "low"
-    if native := _native(report):
-        # Below the innermost, offsets are left out: they differ from build to build, names do not.
-        named = [native[0], *filter(function, native[1:])]
-        return [_part(name(frame)) for frame in named[:_KEY_FRAMES]], "high"
+    # Which thread of a pool faults is chance. A hang is that of the thread that was called.
+    inner = meaningful if report.evidence.exit is Exit.HANG else task
+    thread = _thread(report)
+    native = list(inner(thread.native)) if thread else []
+    if named := [part for frame in native if (part := function(frame))]:
+        return [_part(part) for part in named[:_KEY_FRAMES]], "high"
+    if native:  # an offset differs from build to build
+        return [_part(name(native[0]))], "low"
     return _python(report)[:_KEY_FRAMES], "low"
 
 
@@ -103,20 +111,15 @@ def _signal_name(returncode: int | None) -> str:
 
 
 def _assertion(assertion: Assertion | None) -> str:
-    """The text without what differs from run to run, and its file: "GGML_ASSERT(x) failed (a.cpp)"."""
+    """The words without what differs from run to run, and their file: "GGML_ASSERT(x) failed (a.cpp)"."""
     if assertion is None:
         return ""
-    text = shorten_paths(assertion.text[:_TEXT_MAX])
+    text, _ = parted(assertion.text)
     asserted = _GGML_ASSERT.match(text)
     kept = asserted[0] if asserted else ""
     text = " ".join((kept + _VARYING.sub("N", text[len(kept) :])).split())
     file = base_name(assertion.file)
     return _part(f"{text} ({file})" if text and file else text)
-
-
-def _native(report: Report) -> list[Frame]:
-    thread = _thread(report)
-    return list(islice(meaningful(thread.native), _STACK_FRAMES)) if thread else []
 
 
 def _python(report: Report) -> list[str]:

@@ -21,9 +21,10 @@ import msgspec
 
 from crumplezone.errors import ReportError
 from crumplezone.reports import files, retention, schema
-from crumplezone.reports.index import NO_STAMP, Index, Row, Stamp, row_of, stamp_of
+from crumplezone.reports.index import NO_STAMP, Index, Row, Stamp, check_time, row_of, stamp_of
 from crumplezone.reports.retention import Count, Ledger, Pruned, Retention
 from crumplezone.reports.schema import Report
+from crumplezone.reports.shrink import fit
 from crumplezone.reports.text import printable, render
 
 MAX_BYTES = 16 << 20
@@ -119,7 +120,8 @@ class Store:
         """
         final = self.path(report.id)
         temporary = files.temporary(self.directory, report.id)
-        data, shown = _encode(report), text.encode("utf-8", "backslashreplace")
+        report, data = _encode(report)
+        shown = text.encode("utf-8", "backslashreplace")
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary.mkdir(mode=0o700)
@@ -139,6 +141,10 @@ class Store:
         Index(self.directory).add([row_of(report, stamp, len(data) + len(shown), datetime.now(UTC))])
         return final
 
+    def has(self, report_id: str) -> bool:
+        """Whether there is a report of exactly this id, whatever it holds."""
+        return os.path.lexists(self.path(report_id) / "report.json")
+
     def update(self, report: Report) -> None:
         """Replace a report by a newer version of itself; a reader sees the one or the other.
 
@@ -148,7 +154,8 @@ class Store:
         Raises:
             ReportError: There is no such report, or it cannot be encoded or written.
         """
-        path, data = self.path(report.id), _encode(report)
+        path = self.path(report.id)
+        report, data = _encode(report)
         try:
             with _folder(path) as folder:
                 # The text first: who sees the new stamp counts the bytes of both new files.
@@ -297,19 +304,16 @@ def _size(folder: int) -> int:
         return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
 
 
-def _encode(report: Report) -> bytes:
+def _encode(report: Report) -> tuple[Report, bytes]:
+    """The report as it will be read back, and its bytes."""
     try:
-        data = schema.encode(report)
+        report = schema.utf8(report)
+        report, data = fit(report, MAX_BYTES)
     except (ValueError, OverflowError, TypeError, msgspec.MsgspecError) as error:
         raise ReportError(
             f"crash report {report.id} cannot be encoded: {error}. Please report this."
         ) from error
-    if len(data) > MAX_BYTES:
-        raise ReportError(
-            f"crash report {report.id} has {len(data)} bytes, more than {MAX_BYTES}: "
-            "shorten its batch or its logs"
-        )
-    return data
+    return report, data
 
 
 def _examine(directory: Path, name: str) -> Row | None:
@@ -324,6 +328,7 @@ def _examine(directory: Path, name: str) -> Row | None:
         problem, corrupt = str(error), error.corrupt
     try:
         modified = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+        check_time(modified)
     except FileNotFoundError:
         return None
     except (ValueError, OverflowError):  # a time that no calendar has

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -51,29 +50,35 @@ def slim(report: Report, same_as: str) -> Report:
 
 
 class Storm:
-    """Keeps a storm of equal crashes from filling the disk. Safe to use from several threads.
+    """Keeps a storm of equal crashes from filling the disk.
 
     Args:
+        exists: Whether the store still has a report.
         clock: Seconds that never go back.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, exists: Callable[[str], bool], clock: Callable[[], float] = time.monotonic) -> None:
+        self._exists = exists
         self._clock = clock
-        self._lock = threading.Lock()
         # By signature, least recently seen first: its first report, and when the last full ones came.
         self._seen: dict[str, tuple[str, deque[float]]] = {}
 
     def admit(self, report: Report) -> Report:
         """Return a report as it is, or slim if its signature has had its share of this hour."""
+        first, times = self._seen.get(report.signature.id if report.signature else "", ("", deque[float]()))
+        is_share = len(times) == FULL_PER_HOUR and self._clock() - times[0] < _HOUR
+        return slim(report, first) if is_share and self._exists(first) else report
+
+    def count(self, report: Report) -> None:
+        """Count a report that was written: what failed to be leaves nothing to refer to."""
         if report.signature is None:
-            return report
-        with self._lock:
-            now, key = self._clock(), report.signature.id
-            first, times = self._seen.pop(key, (report.id, deque(maxlen=FULL_PER_HOUR)))
-            self._seen[key] = first, times
-            if len(self._seen) > _MAX_SIGNATURES:
-                del self._seen[next(iter(self._seen))]  # seen least recently
-            if len(times) == FULL_PER_HOUR and now - times[0] < _HOUR:
-                return slim(report, first)
-            times.append(now)  # drops the oldest
-            return report
+            return
+        key = report.signature.id
+        first, times = self._seen.pop(key, ("", deque[float]()))
+        if not report.same_as:
+            if not times or not self._exists(first):
+                first, times = report.id, deque(maxlen=FULL_PER_HOUR)
+            times.append(self._clock())  # drops the oldest
+        self._seen[key] = first, times
+        if len(self._seen) > _MAX_SIGNATURES:
+            del self._seen[next(iter(self._seen))]  # seen least recently

@@ -27,7 +27,6 @@ _SIZES = ("VmPeak", "VmSize", "VmHWM", "VmRSS", "VmSwap", "VmStk")
 _LIMITS = ("Max address space", "Max data size", "Max stack size", "Max locked memory", "Max processes")
 
 _ENDINGS = {
-    Exit.CLEAN: "The cell stopped as asked",
     Exit.HANG: "The cell did not reply within its deadline and was killed",
     Exit.OOM: "The cell was killed for memory",
     Exit.KILLED: "The cell was killed from outside",
@@ -266,6 +265,8 @@ def _batch(report: Report) -> list[str]:
         return []
     columns = (batch.seq_ids, batch.tokens, batch.positions, batch.outputs)
     lines = [f"{printable(batch.operation)} of {len(batch.tokens)} tokens"]
+    if batch.cut:
+        lines.append(f"The record is cut: {batch.cut} of its tokens are left out of its middle.")
     if len({len(column) for column in columns}) > 1:
         lines.append("The record is damaged: its lists differ in length; what they share is shown.")
     sequences: dict[int, list[tuple[int, int, bool]]] = {}

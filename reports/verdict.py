@@ -11,10 +11,16 @@ _ENVIRONMENT = {
 }
 
 
+def from_exit(report: Report) -> Verdict | None:
+    """The verdict of the exit alone: the environment's fault, or None."""
+    because = _ENVIRONMENT.get(report.evidence.exit)
+    return Verdict(VerdictKind.ENVIRONMENT, because) if because else None
+
+
 def from_ladder(report: Report) -> Verdict | None:
     """The verdict of the exit and the ladder, or None where they have shown nothing."""
-    if because := _ENVIRONMENT.get(report.evidence.exit):
-        return Verdict(VerdictKind.ENVIRONMENT, because)
+    if known := from_exit(report):
+        return known
     crashed = _sequences(report, Outcome.CRASHED)
     # A sequence that the safe rungs merely refused has failed, but was not seen to crash alone.
     alone = sorted(set(report.blamed) & _sequences(report, Outcome.CRASHED, "safe", "token"))
@@ -39,8 +45,12 @@ def verdict_after(report: Report, replay: Replay) -> Verdict | None:
     known = from_ladder(report)
     if known and known.kind == VerdictKind.ENVIRONMENT:  # a repetition meets another environment
         return known
-    if replay.runs and not replay.crashed and not replay.refused:
-        return Verdict(VerdictKind.FLAKY, f"passed {replay.runs} of {replay.runs} when repeated")
+    passed = replay.runs - replay.crashed - replay.refused
+    if passed == replay.runs > 0:
+        return Verdict(VerdictKind.FLAKY, f"passed {passed} of {replay.runs} when repeated")
+    is_input = known is not None and known.kind == VerdictKind.INPUT
+    if replay.crashed > 0 and passed > 0 and not is_input:
+        return Verdict(VerdictKind.FLAKY, f"crashed {replay.crashed} of {replay.runs} when repeated")
     return known
 
 

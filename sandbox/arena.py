@@ -54,7 +54,11 @@ class Arena:
             # it against growth would fail the next request.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         self.fd = fd
-        self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+        try:
+            self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+        except BaseException:  # no memory, or no descriptor: a map keeps one of its own
+            self.close()
+            raise
 
     @property
     def room(self) -> int:
@@ -86,7 +90,8 @@ class Arena:
     def abort_note(self) -> str:
         """Supervisor: the reason that the child left, or an empty string."""
         length = min(int.from_bytes(self._map[_MESSAGE_AT : _MESSAGE_AT + 4], "little"), _MESSAGE_MAX)
-        return self._map[_MESSAGE_AT + 4 : _MESSAGE_AT + 4 + length].decode("utf-8", "replace")
+        note = self._map[_MESSAGE_AT + 4 : _MESSAGE_AT + 4 + length]
+        return note.partition(b"\0")[0].decode("utf-8", "replace")
 
     def recorder(self) -> recorder.Recorder:
         """Child: the flight recorder."""

@@ -52,15 +52,34 @@ def _give_altstack(_frame: FrameType, _event: str, _argument: Any) -> None:
     ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None)
 
 
+def _park_on_fault(libc: ctypes.CDLL) -> None:
+    """Let pause() handle fatal signals where faulthandler does not.
+
+    Before it writes anything, faulthandler's handler restores what there was before it: with SIG_DFL, a
+    second thread that faults would end the process before the supervisor can stop it. Afterwards it raises
+    the signal again. Every signal is blocked in there, so nothing makes pause() return.
+    """
+    action = _SigAction(handler=ctypes.cast(libc.pause, ctypes.c_void_p).value, flags=_SA_ONSTACK)
+    ctypes.memset(ctypes.byref(action, _SigAction.mask.offset), 0xFF, _SigAction.mask.size)
+    for signum in _FATAL:
+        libc.sigaction(int(signum), ctypes.byref(action), None)
+
+
 def hold_on_fault(fault_fd: int) -> None:
     """Route faulthandler into a one-slot packet pipe.
 
     Its first write wakes the supervisor, its second blocks until the supervisor reads: the crashed thread
-    is held inside the handler, with the kernel's signal frame above it on the stack.
+    is held inside the handler, with the kernel's signal frame above it on the stack. When all is written it
+    is parked: it waits to be killed.
     """
-    faulthandler.enable(file=fault_fd, all_threads=True)
     libc = ctypes.CDLL(None, use_errno=True)
-    if platform.machine() in {"x86_64", "aarch64"}:
+    known_machine = platform.machine() in {"x86_64", "aarch64"}
+    # PYTHONFAULTHANDLER enables it too; enabled a second time it would not install its handlers again.
+    faulthandler.disable()
+    if known_machine:
+        _park_on_fault(libc)
+    faulthandler.enable(file=fault_fd, all_threads=True)
+    if known_machine:
         # Kernels copy siginfo into the signal frame only with SA_SIGINFO, which CPython does not set.
         for signum in _FATAL:
             action = _SigAction()

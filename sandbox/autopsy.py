@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -18,24 +15,22 @@ import msgspec
 
 from crumplezone.reports.schema import Evidence, Exit, Fault, Frame, Mapping, Step, Thread
 from crumplezone.sandbox import observe
-from crumplezone.sandbox.classify import assertion, classify, fault_of
+from crumplezone.sandbox.classify import TAKEN, assertion, classify, fault_of
 from crumplezone.sandbox.drain import Drain
 from crumplezone.sandbox.elf import read_elf
-from crumplezone.sandbox.launch import Process, import_path
+from crumplezone.sandbox.launch import Process
 from crumplezone.sandbox.pressure import oom_kills
-from crumplezone.sandbox.procfs import Map, find_map, read_maps
+from crumplezone.sandbox.procfs import Call, Map, current_calls, find_map, read_maps
+from crumplezone.sandbox.release import named_fault, release
 from crumplezone.sandbox.sigframe import SignalFrame, mend_null_call, read_signal_frame
-from crumplezone.sandbox.unwind import Stacks
+from crumplezone.sandbox.stacks import take_stacks
 
-_UNWIND_DEADLINE = 15.0  # seconds
-_DEATH_DEADLINE = 5.0
-_STOP_DEADLINE = 2.0
-_TEXT_MAX = 64 * 1024
-_STACKS_MAX = 8 * 1024 * 1024
+_STOP_DEADLINE = 2.0  # seconds
 _MAY_LOOK = (
     "reading another process needs its user id and a dumpable target, or CAP_SYS_PTRACE (ptrace(2)); "
     "in a container: --cap-add=SYS_PTRACE"
 )
+_MAY_START = "more threads (ulimit -u, pids.max), more memory, or a call before the interpreter shuts down"
 _MAY_TRACE = (
     "allow ptrace: kernel.yama.ptrace_scope at most 1, a seccomp profile that permits ptrace and "
     "process_vm_readv; in a container: --cap-add=SYS_PTRACE"
@@ -79,67 +74,109 @@ class _Seen:
     build_ids: dict[str, str] = field(default_factory=dict)
     text: str = ""
 
+    @property
+    def fault(self) -> Fault | None:
+        return self.frame.fault if self.frame else named_fault(self.text)
+
+
+def _failed(name: str, error: Exception, remedy: str = "") -> Step:
+    return Step(name, ok=False, detail=f"{type(error).__name__}: {error}", remedy=remedy)
+
 
 @contextlib.contextmanager
 def _step(death: Death, name: str, remedy: str = "") -> Iterator[list[str]]:
     """Run one step; what it raises becomes a line of the provenance, with what would have allowed it."""
     detail: list[str] = []
     start = time.perf_counter()
-    ok = True
+    failure = ""
     try:
         yield detail
-    except (OSError, ValueError, ImportError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
-        ok = False
-        detail.append(f"{type(error).__name__}: {error}")
-        if isinstance(error, FileNotFoundError | ProcessLookupError | ImportError):
-            remedy = ""  # it is not there: no permission would help
+    except Exception as error:  # noqa: BLE001 - an untrusted process can make a step fail in any way
+        failure = f"{type(error).__name__}: {error}"
+        if not isinstance(error, PermissionError):
+            remedy = ""
     elapsed = round((time.perf_counter() - start) * 1000, 2)
-    death.steps.append(Step(name, ok, elapsed, "; ".join(detail), "" if ok else remedy))
+    parts = [*detail, failure] if failure else detail
+    death.steps.append(Step(name, not failure, elapsed, "; ".join(parts), remedy if failure else ""))
 
 
 def begin(death: Death) -> Future[Evidence]:
     """Stop the cell now, and do the rest beside the caller, on a thread; the future always gets evidence."""
     if death.held or death.condemned:
-        # faulthandler has restored SIG_DFL: a second faulting thread would kill the held process.
         death.process.signal(signal.SIGSTOP)
     death.steps += death.process.refused
     future: Future[Evidence] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(_examine(death))
-        except BaseException as error:
-            future.set_exception(error)
-            raise
-
-    threading.Thread(target=run, name=f"autopsy-{death.process.pid}").start()
+    name = f"autopsy-{death.process.pid}"
+    try:
+        threading.Thread(target=lambda: future.set_result(_autopsy(death)), name=name).start()
+    except (RuntimeError, MemoryError) as error:
+        death.steps.append(_failed("autopsy", error, _MAY_START))
+        future.set_result(_autopsy(death, in_haste=True))
     return future
 
 
-def _examine(death: Death) -> Evidence:
-    process, seen = death.process, _Seen()
-    if death.held or death.condemned:
-        with _step(death, "stop"):
-            _await_stop(process)
-        if not _ended(process):
-            _look(death, seen)
+def _autopsy(death: Death, *, in_haste: bool = False) -> Evidence:
+    """``in_haste``: the caller waits, so without what takes longer than some milliseconds."""
+    seen = _Seen()
+    try:
+        _examine(death, seen, in_haste=in_haste)
+    except Exception as error:  # noqa: BLE001 - it is ended and reported whatever was found in it
+        death.steps.append(_failed("autopsy", error))
+    return _end(death, seen)
+
+
+def _examine(death: Death, seen: _Seen, *, in_haste: bool) -> None:
+    process = death.process
+    if not (death.held or death.condemned):
+        return
+    with _step(death, "stop"):
+        _await_stop(process)
+    if not process.ended:
+        _look(death, seen)
+        if not in_haste:
             _unwind(death, seen)
+    elif death.held:
+        death.steps.append(Step("hold", ok=False, detail="it ended before it could be looked at"))
     if death.held:
         with _step(death, "faulthandler"):
-            process.signal(signal.SIGCONT)
-            seen.text = _release(process)
-            if seen.frame is None and not _ended(process):
-                death.condemned = (
-                    Exit.PROTOCOL,
-                    "the cell wrote to its fault pipe but did not die; killed by the supervisor",
-                )
-    with _step(death, "reap"):
-        returncode = process.kill()
-    death.drain.stop()
+            seen.text = release(process, seen.frame.tid if seen.frame else None)
+
+
+def _end(death: Death, seen: _Seen) -> Evidence:
+    """End and reap the cell, and say what is known of it."""
+    process, code = death.process, None
     try:
-        return _evidence(death, seen, returncode)
+        code = _reap(death, seen)
+        death.drain.stop()
+        return _evidence(death, seen, code)
+    except Exception as error:  # noqa: BLE001 - as above
+        death.steps.append(_failed("evidence", error))
+        fault = seen.fault or fault_of(code)
+        kind, why = death.condemned or classify(code, fault, death.phase, ({}, {}), process.pid)
+        return Evidence(kind, process.pid, death.phase, code, fault, detail=why, steps=death.steps)
     finally:
+        process.kill()
         process.close()
+
+
+def _reap(death: Death, seen: _Seen) -> int | None:
+    """End it if it lives. The return code of a cell that was parked after a fatal signal is that signal's."""
+    had_ended, code = death.process.ended, None
+    with _step(death, "reap") as detail:
+        code = death.process.kill()
+        if death.held and not had_ended:
+            if seen.fault is None:
+                what = "the cell wrote to its fault pipe but did not die; killed by the supervisor"
+                death.condemned = Exit.PROTOCOL, what
+                return code
+            detail.append("parked after its signal, which is its return code; killed by the supervisor")
+            return -seen.fault.signal
+        if code is None:
+            raise ChildProcessError(TAKEN)
+        if death.held and (seen.fault is None or code != -seen.fault.signal):
+            name = seen.fault.name if seen.fault else "a fatal signal"
+            raise ValueError(f"it was held for {name}, but came to its end before, with return code {code}")
+    return code
 
 
 def _await_stop(process: Process) -> None:
@@ -147,28 +184,28 @@ def _await_stop(process: Process) -> None:
     end = time.monotonic() + _STOP_DEADLINE
     # WSTOPPED is told once the whole group has stopped; /proc/PID/stat tells of the main thread only.
     flags = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
-    while os.waitid(os.P_PIDFD, process.pidfd, flags) is None:
-        if time.monotonic() > end:
-            raise ValueError("it did not stop: a thread is in uninterruptible sleep")
-        time.sleep(0.0002)
-
-
-def _ended(process: Process) -> bool:
-    return bool(select.select([process.pidfd], [], [], 0)[0])
+    with contextlib.suppress(ChildProcessError):  # ended, and its exit status taken by somebody else
+        while os.waitid(os.P_PIDFD, process.pidfd, flags) is None:
+            if time.monotonic() > end:
+                raise ValueError("it did not stop: somebody continues it, or it is in uninterruptible sleep")
+            time.sleep(0.0002)
 
 
 def _look(death: Death, seen: _Seen) -> None:
     """Everything that /proc has, within a few milliseconds."""
     pid = death.process.pid
+    calls: dict[int, Call | None] = {}
     with _step(death, "maps", _MAY_LOOK):
         seen.maps = read_maps(pid)
+    with _step(death, "system calls"):
+        calls = current_calls(pid)
     if death.held:
         with _step(death, "signal frame", _MAY_LOOK) as detail:
-            seen.frame = read_signal_frame(pid, seen.maps)
+            seen.frame = read_signal_frame(pid, calls, seen.maps)
             if seen.frame is None:
                 detail.append("no signal frame found on any thread")
     with _step(death, "threads", _MAY_LOOK):
-        seen.threads = observe.thread_list(pid, seen.maps)
+        seen.threads = observe.thread_list(pid, calls, seen.maps)
     with _step(death, "memory and limits"):
         seen.memory, seen.limits = observe.memory(pid), observe.limits(pid)
 
@@ -182,17 +219,17 @@ def _unwind(death: Death, seen: _Seen) -> None:
             else:
                 detail.append("none")
     with _step(death, "stacks (pystack)", _MAY_TRACE):
-        examined = _helper(pid)
-        seen.stacks, seen.build_ids = examined.threads, examined.build_ids
-        if examined.missing:
-            raise ImportError(examined.error)
-        if examined.error:
-            raise ValueError(examined.error)
+        taken = take_stacks(pid)
+        seen.stacks, seen.build_ids = taken.threads, taken.build_ids
+        if taken.error:
+            refused = taken.refused and not death.process.ended  # the kernel refuses what has ended, too
+            kind = ImportError if taken.missing else PermissionError if refused else ValueError
+            raise kind(taken.error)
 
 
-def _evidence(death: Death, seen: _Seen, code: int) -> Evidence:
+def _evidence(death: Death, seen: _Seen, code: int | None) -> Evidence:
     frame = seen.frame
-    fault = frame.fault if frame else None if death.condemned else fault_of(code)
+    fault = seen.fault or (None if death.condemned else fault_of(code))
     stderr = death.drain.stderr_tail()
     kills = (death.kills, oom_kills())
     exit_kind, detail = _ending(death, code, fault, kills)
@@ -224,11 +261,11 @@ def _evidence(death: Death, seen: _Seen, code: int) -> Evidence:
 
 
 def _ending(
-    death: Death, code: int, fault: Fault | None, kills: tuple[dict[str, int], dict[str, int]]
+    death: Death, code: int | None, fault: Fault | None, kills: tuple[dict[str, int], dict[str, int]]
 ) -> tuple[Exit, str]:
     if death.drain.over_memory and not (death.condemned and death.condemned[0] == Exit.HANG):
         return Exit.OOM, "resident memory went over the cell's limit; killed by the supervisor"
-    return death.condemned or classify(code, fault, death.phase, kills)
+    return death.condemned or classify(code, fault, death.phase, kills, death.process.pid)
 
 
 def _maps(seen: _Seen) -> list[Mapping]:
@@ -257,48 +294,3 @@ def _place(seen: _Seen) -> Frame:
     elf = read_elf(within.path)
     offset = elf.address(pc - within.start + within.offset)
     return Frame(module=within.path, build_id=elf.build_id, offset=hex(offset))
-
-
-def _helper(pid: int) -> Stacks:
-    command = [sys.executable, "-P", "-m", "crumplezone.sandbox.unwind", str(pid)]
-    env = {**os.environ, "PYTHONPATH": import_path()}
-    done = subprocess.run(
-        command, capture_output=True, timeout=_UNWIND_DEADLINE, stdin=subprocess.DEVNULL, env=env, check=False
-    )
-    if done.returncode != 0 or len(done.stdout) > _STACKS_MAX:
-        raise ValueError(
-            f"helper ended with {done.returncode}: {done.stderr[-500:].decode(errors='replace')}"
-        )
-    return msgspec.json.decode(done.stdout, type=Stacks)
-
-
-def _release(process: Process) -> str:
-    """Drain the fault pipe: the handler writes the Python stacks, then dies of the true signal."""
-    fd = process.lines.fault_fd
-    read: list[bytes] = []
-
-    def more() -> bool:
-        data = os.read(fd, 65536)
-        if sum(map(len, read)) < _TEXT_MAX:
-            read.append(data)
-        return bool(data)
-
-    _until(process, fd, more)
-    return b"".join(read)[:_TEXT_MAX].decode("utf-8", "replace")
-
-
-def _until(process: Process, fd: int, more: Callable[[], bool]) -> None:
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    poller.register(process.pidfd, select.POLLIN)
-    end = time.monotonic() + _DEATH_DEADLINE
-    while True:
-        left = end - time.monotonic()
-        if left <= 0:
-            return
-        ready = {each for each, _ in poller.poll(left * 1000)}
-        if fd in ready:
-            if not more():
-                poller.unregister(fd)
-        elif process.pidfd in ready:
-            return

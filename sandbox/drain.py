@@ -1,12 +1,14 @@
 """One thread per cell that keeps its stderr and log socket empty, and samples its memory and processor time.
 
-An undrained stderr pipe stops llama.cpp in the middle of a load; an undrained log socket likewise.
+An undrained stderr pipe stops llama.cpp in the middle of a load; an undrained log socket likewise. So a
+second thread hands the log records to the caller's logging, whose handlers may take their time.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import select
 import signal
 import socket
@@ -23,13 +25,28 @@ from crumplezone.sandbox.launch import Process
 
 _STDERR_TAIL = 64 * 1024
 _LOG_TAIL = 200
-_STOP_GRACE = 5.0  # seconds
+_STOP_GRACE = 1.0  # seconds for what was logged last
+_UNDELIVERED_MAX = 4096  # log records that wait for a slow handler; what comes then is only counted
+_FARTHEST = 2.0**37  # seconds since 1970: in the year 6325; formatters can show times up to 9999
 _NAMES_MAX = 256  # logging keeps every logger for ever: a hostile cell must not fill memory with names
 _SAMPLES = 64
 _PERIOD, _PERIOD_WITH_LIMIT = 0.1, 0.02  # seconds between samples, of some 0.06 ms of processor time each
-_MESSAGE_MAX, _TAIL_MESSAGE_MAX = 8192, 2048
+_MESSAGE_MAX, _TAIL_MESSAGE_MAX, _NAME_MAX, _PATH_MAX = 8192, 2048, 200, 1024
 
 _log = logging.getLogger(__name__)
+
+
+def _bounded(line: LogLine) -> LogLine:
+    """The child keeps these bounds too, but a child is not to be trusted."""
+    return LogLine(
+        line.name[:_NAME_MAX],
+        line.level,
+        line.message[:_MESSAGE_MAX],
+        line.created if 0 <= line.created <= _FARTHEST else time.time(),  # not a number, either
+        line.thread[:_NAME_MAX],
+        line.path[:_PATH_MAX],
+        line.line,
+    )
 
 
 class Drain:
@@ -46,27 +63,38 @@ class Drain:
         self._stderr: deque[bytes] = deque()
         self._stderr_size = 0
         self._logs: deque[str] = deque(maxlen=_LOG_TAIL)
+        self._undelivered: queue.SimpleQueue[LogLine | None] = queue.SimpleQueue()
+        self._dropped = 0
         self._names: set[str] = set()
         self._decode = msgspec.msgpack.Decoder(LogLine).decode
         self._limit = memory_limit
         self._period = _PERIOD_WITH_LIMIT if memory_limit else _PERIOD
         self._process = process
-        self._usage = psutil.Process(process.pid)
+        self._usage: psutil.Process | None = None
         self._samples: deque[tuple[int, int, float]] = deque(maxlen=_SAMPLES)
-        self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(process.lines.stderr_fd, False)
         process.lines.log.setblocking(False)
+        self._deliverer = threading.Thread(target=self._deliver, name=f"logs-{process.pid}", daemon=True)
         self._thread = threading.Thread(target=self._run, name=f"drain-{process.pid}", daemon=True)
-        self._thread.start()
+        self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self._deliverer.start()
+            self._thread.start()
+        except BaseException:  # no thread could be had
+            self._undelivered.put(None)
+            self._close()
+            raise
 
     def stop(self) -> None:
-        """Read what is left, then end the thread. Call once the cell is reaped."""
-        if self._thread.is_alive():
-            os.write(self._stop_write, b".")
-            # A caller's logging handler may hold the thread: its descriptors are then left to it.
-            self._thread.join(_STOP_GRACE)
-            if self._thread.is_alive():
-                return
+        """Read what is left, then end the threads. Call once the cell is reaped."""
+        os.write(self._stop_write, b".")
+        self._thread.join()
+        self._close()
+        self._undelivered.put(None)
+        # A caller's logging handler may hold it. It then ends by itself, if the handler ever returns.
+        self._deliverer.join(_STOP_GRACE)
+
+    def _close(self) -> None:
         os.close(self._stop_read)
         os.close(self._stop_write)
 
@@ -75,8 +103,11 @@ class Drain:
         return b"".join(self._stderr)[-_STDERR_TAIL:].decode("utf-8", "replace")
 
     def log_tail(self) -> list[str]:
-        """The last log records, one line each."""
-        return list(self._logs)
+        """The last log records, one line each, and how many never reached the caller's logging."""
+        dropped = (
+            [f"({self._dropped} records were dropped: a logging handler is slow)"] if self._dropped else []
+        )
+        return [*self._logs, *dropped]
 
     def samples(self, end: int) -> list[Sample]:
         """Memory and processor time up to ``end`` (CLOCK_MONOTONIC, nanoseconds), oldest first."""
@@ -131,25 +162,36 @@ class Drain:
             if not data:
                 return False
             try:
-                self._deliver(self._decode(data))
+                line = _bounded(self._decode(data))
             except msgspec.MsgspecError:
-                _log.warning("cell %d sent a log record that does not decode", self._process.pid)
-            except Exception:  # noqa: BLE001 - a caller's logging handler raised: keep draining
-                _log.debug("a log record could not be delivered", exc_info=True)
+                what = f"cell {self._process.pid} sent a log record that does not decode"
+                line = LogLine(__name__, logging.WARNING, what, time.time())
+            level = logging.getLevelName(line.level)
+            self._logs.append(f"{level} {line.name}: {line.message[:_TAIL_MESSAGE_MAX]}")
+            if self._undelivered.qsize() < _UNDELIVERED_MAX:
+                self._undelivered.put(line)
+            else:
+                self._dropped += 1
         return True
 
-    def _deliver(self, line: LogLine) -> None:
-        # The child keeps these bounds too, but a child is not to be trusted.
-        name, message = line.name[:200], line.message[:_MESSAGE_MAX]
-        self._logs.append(f"{logging.getLevelName(line.level)} {name}: {message[:_TAIL_MESSAGE_MAX]}")
+    def _deliver(self) -> None:
+        while (line := self._undelivered.get()) is not None:
+            try:
+                self._log(line)
+            except Exception:  # noqa: BLE001 - a caller's logging handler raised: keep delivering
+                _log.debug("a log record could not be delivered", exc_info=True)
+
+    def _log(self, line: LogLine) -> None:
+        name = line.name
         if name not in self._names:
             if len(self._names) >= _NAMES_MAX:
                 name = __name__
             self._names.add(name)
         logger = logging.getLogger(name)
         if logger.isEnabledFor(line.level):
-            record = logging.LogRecord(name, line.level, line.path[:1024], line.line, message, (), None)
+            record = logging.LogRecord(name, line.level, line.path, line.line, line.message, (), None)
             record.created = line.created
+            record.msecs = line.created % 1 * 1000
             record.threadName = line.thread
             record.process = self._process.pid
             record.processName = "cell"
@@ -157,9 +199,10 @@ class Drain:
 
     def _sample(self) -> None:
         try:
-            with self._usage.oneshot():
-                rss, times = self._usage.memory_info().rss, self._usage.cpu_times()
-        except psutil.Error:
+            self._usage = usage = self._usage or psutil.Process(self._process.pid)
+            with usage.oneshot():
+                rss, times = usage.memory_info().rss, usage.cpu_times()
+        except (psutil.Error, OSError):  # it is gone, or there is no descriptor to open /proc with
             return
         if not rss:  # it has ended and waits to be reaped
             return

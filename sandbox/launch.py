@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,31 +57,51 @@ os.register_at_fork(after_in_child=_close_in_fork)
 
 @dataclass
 class Process:
-    """A started cell: its process, the lines to it, and what the system refused on the way."""
+    """A started cell: its process, the lines to it, and what the system refused on the way.
+
+    Attributes:
+        returncode: As in subprocess, once it is reaped; None if somebody else took its exit status.
+    """
 
     popen: subprocess.Popen[bytes]
     pidfd: int
     lines: Lines
     refused: list[Step] = field(default_factory=list)
+    returncode: int | None = None
 
     @property
     def pid(self) -> int:
         """Process id; the cell also leads a process group of this id."""
         return self.popen.pid
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has come to its end, reaped or not."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return self._reaped or bool(poller.poll(0))
+
+    @property
+    def _reaped(self) -> bool:
+        return self.popen.returncode is not None
+
     def signal(self, signum: int) -> None:
         """Signal the cell if it has not been reaped."""
-        if self.popen.returncode is None:
+        if not self._reaped:
             with contextlib.suppress(ProcessLookupError):
                 # Popen.send_signal would reap a dead leader, and its group could no longer be killed.
                 signal.pidfd_send_signal(self.pidfd, signum)
 
-    def kill(self) -> int:
-        """SIGKILL the whole process group, reap the cell, and return its returncode."""
-        if self.popen.returncode is None:
+    def kill(self) -> int | None:
+        """SIGKILL the whole process group, reap the cell, and return its returncode. Idempotent."""
+        if not self._reaped:
             with contextlib.suppress(ProcessLookupError, PermissionError):
+                # Once anybody has reaped it, its id can be another group's: this then finds no process.
+                signal.pidfd_send_signal(self.pidfd, 0)
                 os.killpg(self.pid, signal.SIGKILL)
-        return self.popen.wait()
+            self.returncode = _reap(self.pidfd)
+            self.popen.returncode = self.returncode or 0  # Popen must not wait for it again
+        return self.returncode
 
     def close(self) -> None:
         """Release every descriptor. Call after the process is reaped."""
@@ -89,6 +110,15 @@ class Process:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+def _reap(pidfd: int) -> int | None:
+    try:
+        status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except ChildProcessError:  # SIGCHLD is ignored in this process, or another part of it waits for any child
+        return None
+    assert status is not None
+    return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
 
 
 def _fault_pipe() -> tuple[int, int, list[Step]]:
@@ -124,38 +154,70 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def _stdio_taken() -> Iterator[None]:
+    """Have no descriptor made in here be 0, 1 or 2, in a process that has closed some of these.
+
+    A child's stdio would overwrite them, and whoever prints in this process would write into them.
+    """
+    with contextlib.ExitStack() as taken:
+        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+            taken.callback(os.close, fd)
+        os.close(fd)
+        yield
+
+
 def spawn(env: Mapping[str, str]) -> Process:
     """Start a child that runs `crumplezone.sandbox.child`.
 
     Raises:
         OSError: The process or one of its descriptors could not be made.
     """
-    with contextlib.ExitStack() as child_ends, contextlib.ExitStack() as ours:
-        sock, child_sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        log, child_log = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for each in (sock, log):
-            ours.callback(each.close)
-        for each in (child_sock, child_log):
-            child_ends.callback(each.close)
+    with _stdio_taken(), contextlib.ExitStack() as child_ends, contextlib.ExitStack() as ours:
+        # Each is registered before the next is made: there may be no descriptor left for that.
+        sock, child_sock = _sockets(ours, child_ends)
+        log, child_log = _sockets(ours, child_ends)
         fault_read, fault_write, refused = _fault_pipe()
+        ours.callback(os.close, fault_read)
+        child_ends.callback(os.close, fault_write)
         parent_read, parent_write = os.pipe2(os.O_CLOEXEC)
+        ours.callback(os.close, parent_write)
+        child_ends.callback(os.close, parent_read)
         err_read, err_write = os.pipe2(os.O_CLOEXEC)
+        ours.callback(os.close, err_read)
+        child_ends.callback(os.close, err_write)
         arena = Arena()
-        lines = Lines(sock, log, fault_read, parent_write, err_read, arena)
-        ours.callback(lines.close)
-        for fd in (fault_write, parent_read, err_write):
-            child_ends.callback(os.close, fd)
+        ours.callback(arena.close)
         fds = (child_sock.fileno(), child_log.fileno(), fault_write, parent_read, arena.fd)
-        popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", "crumplezone.sandbox.child", *map(str, fds)],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            stdout=err_write,  # native code that prints must not write into the caller's output
-            stderr=err_write,
-            env=_environment(env),
-            process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
-        )
+        popen, pidfd = _start(fds, err_write, env)
+        lines = Lines(sock, log, fault_read, parent_write, err_read, arena)
         _open_lines.add(lines)
-        process = Process(popen, os.pidfd_open(popen.pid), lines, refused)
         ours.pop_all()
-        return process
+        return Process(popen, pidfd, lines, refused)
+
+
+def _sockets(
+    ours: contextlib.ExitStack, child_ends: contextlib.ExitStack
+) -> tuple[socket.socket, socket.socket]:
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.callback(pair[0].close)
+    child_ends.callback(pair[1].close)
+    return pair
+
+
+def _start(fds: Sequence[int], output: int, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+    popen = subprocess.Popen(
+        [sys.executable, "-P", "-m", "crumplezone.sandbox.child", *map(str, fds)],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        stdout=output,  # native code that prints must not write into the caller's output
+        stderr=output,
+        env=_environment(env),
+        process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
+    )
+    try:
+        return popen, os.pidfd_open(popen.pid)
+    except BaseException:
+        popen.kill()
+        popen.wait()
+        raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from crumplezone.reports.schema import Mapping, Thread
-from crumplezone.sandbox.procfs import Map, find_map, threads
+from crumplezone.sandbox.procfs import Call, Map, find_map, read_text, threads
 
 _MAPS_MAX = 4096
 _THREADS_MAX = 1024
@@ -31,19 +32,19 @@ _LIMIT = re.compile(r"^(Max [a-z -]+?)\s{2,}(\S+)\s+\S+[ ]*(\S*)[ ]*$", re.MULTI
 
 def memory(pid: int) -> dict[str, int]:
     """The sizes of /proc/PID/status ("VmHWM" is the peak of "VmRSS"), in bytes."""
-    status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    status = read_text(f"/proc/{pid}/status")
     return {name: int(size) * 1024 for name, size in _KILOBYTES.findall(status)}
 
 
 def limits(pid: int) -> dict[str, str]:
     """The soft limits of /proc/PID/limits, with their units."""
-    found = _LIMIT.findall(Path(f"/proc/{pid}/limits").read_text(errors="replace"))
+    found = _LIMIT.findall(read_text(f"/proc/{pid}/limits"))
     return {name: soft if soft == "unlimited" else f"{soft} {unit}".strip() for name, soft, unit in found}
 
 
-def thread_list(pid: int, maps: list[Map]) -> list[Thread]:
+def thread_list(pid: int, calls: dict[int, Call | None], maps: list[Map]) -> list[Thread]:
     """Every thread: its name, the system call it is in, and where in which module."""
-    return [_thread(pid, tid, maps) for tid in threads(pid)[:_THREADS_MAX]]
+    return [_thread(pid, tid, calls, maps) for tid in threads(pid)[:_THREADS_MAX]]
 
 
 def records(maps: list[Map], build_ids: dict[str, str]) -> list[Mapping]:
@@ -54,18 +55,18 @@ def records(maps: list[Map], build_ids: dict[str, str]) -> list[Mapping]:
     ]
 
 
-def _thread(pid: int, tid: int, maps: list[Map]) -> Thread:
-    task = Path(f"/proc/{pid}/task/{tid}")
-    try:
-        name = (task / "comm").read_text(errors="replace").strip()
-        fields = (task / "syscall").read_text().split()  # "NUMBER args... sp pc", "-1 sp pc" or "running"
-    except OSError:  # it ended meanwhile, or may not be looked at
-        return Thread(tid)
-    if fields[0] in {"running", "-1"}:
-        doing = "running"
-    else:
-        doing = _CALLS.get(platform.machine(), {}).get(int(fields[0]), f"system call {fields[0]}")
-    return Thread(tid, name, doing=doing, pc=_place(int(fields[-1], 16), maps) if fields[1:] else "")
+def _thread(pid: int, tid: int, calls: dict[int, Call | None], maps: list[Map]) -> Thread:
+    name = ""
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        name = read_text(f"/proc/{pid}/task/{tid}/comm").removesuffix("\n")
+    if tid not in calls:
+        return Thread(tid, name)
+    call = calls[tid]
+    if call is None:
+        return Thread(tid, name, doing="running")
+    known = _CALLS.get(platform.machine(), {})
+    doing = "running" if call.number < 0 else known.get(call.number, f"system call {call.number}")
+    return Thread(tid, name, doing=doing, pc=_place(call.pc, maps))
 
 
 def _place(address: int, maps: list[Map]) -> str:

@@ -6,7 +6,8 @@ kernel's (no bytes), not a fault.
 
 from __future__ import annotations
 
-import itertools
+import bisect
+import contextlib
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,28 +24,43 @@ class Map(NamedTuple):
     path: str
 
 
+class Call(NamedTuple):
+    """Where a thread that waits in the kernel or is stopped has left user space."""
+
+    number: int  # of its system call; -1: it is in none
+    arguments: tuple[int, ...]
+    sp: int
+    pc: int
+
+
+def read_text(path: str) -> str:
+    """A file of /proc. Names in it are bytes that a process chose; lines end at a newline only."""
+    with open(path, "rb", 0) as file:
+        return file.read().decode("utf-8", "backslashreplace")
+
+
 def read_maps(pid: int) -> list[Map]:
-    """Parse /proc/PID/maps: address order, no overlaps (proc_pid_maps(5)).
+    """Parse /proc/PID/maps: address order, no overlaps (proc_pid_maps(5)). Bad lines are left out.
 
     Raises:
         OSError: /proc refuses (permissions), or the process is gone.
     """
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        lines = file.read().split(b"\n", _MAPS_MAX)[:_MAPS_MAX]
     maps = []
-    with open(f"/proc/{pid}/maps", errors="replace") as lines:
-        for line in itertools.islice(lines, _MAPS_MAX):
+    for line in lines:
+        with contextlib.suppress(ValueError):
             span, perms, offset, _, _, *path = line.split(None, 5)
-            start, end = span.split("-")
-            maps.append(
-                Map(
-                    int(start, 16), int(end, 16), perms, int(offset, 16), path[0].rstrip("\n") if path else ""
-                )
-            )
+            start, end = span.split(b"-")
+            name = path[0].decode("utf-8", "backslashreplace") if path else ""
+            maps.append(Map(int(start, 16), int(end, 16), perms.decode(), int(offset, 16), name))
     return maps
 
 
 def find_map(maps: list[Map], address: int) -> Map | None:
     """The mapping that holds an address."""
-    return next((m for m in maps if m.start <= address < m.end), None)
+    at = bisect.bisect_right(maps, address, key=lambda m: m.start) - 1
+    return maps[at] if at >= 0 and address < maps[at].end else None
 
 
 def is_code(maps: list[Map], address: int) -> bool:
@@ -60,11 +76,33 @@ def threads(pid: int) -> list[int]:
     )
 
 
-def stack_pointer(pid: int, tid: int) -> int | None:
-    """Stack pointer of a thread that waits in the kernel or is stopped; None while it runs."""
-    # /proc/PID/task/TID/syscall ends in the stack pointer and the program counter, unless "running".
-    fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
-    return int(fields[-2], 16) if len(fields) >= 3 else None
+def current_calls(pid: int) -> dict[int, Call | None]:
+    """The system call that each thread is in, None while it runs; the main thread comes first.
+
+    What ended meanwhile, or may not be looked at, is absent. This is what costs most of a capture: the kernel
+    makes sure that each thread is off its processor, some 0.03 ms.
+    """
+    calls: dict[int, Call | None] = {}
+    for tid in threads(pid):
+        with contextlib.suppress(OSError):
+            # "running", "-1 SP PC", or "NUMBER six arguments SP PC"
+            number, *rest = read_text(f"/proc/{pid}/task/{tid}/syscall").split()
+            words = [int(each, 16) for each in rest]
+            calls[tid] = Call(int(number), tuple(words[:-2]), *words[-2:]) if words else None
+    return calls
+
+
+def blocked_signals(pid: int, tid: int) -> int:
+    """Signals that a thread blocks: bit n - 1 for signal n.
+
+    Raises:
+        OSError: The thread is gone.
+        ValueError: The kernel does not say.
+    """
+    for line in read_text(f"/proc/{pid}/task/{tid}/status").split("\n"):
+        if line.startswith("SigBlk:"):
+            return int(line.partition(":")[2], 16)
+    raise ValueError("no SigBlk")
 
 
 def read_at(mem: BinaryIO, address: int, size: int) -> bytes:

@@ -12,12 +12,14 @@ from typing import BinaryIO
 
 from crumplezone.reports.schema import Fault
 from crumplezone.sandbox import sigframe_aarch64, sigframe_x86_64
-from crumplezone.sandbox.procfs import Map, find_map, is_code, read_at, stack_pointer, threads
+from crumplezone.sandbox.procfs import Call, Map, find_map, is_code, read_at
 from crumplezone.sandbox.sigframe_layout import Layout, Saved
 
 _LAYOUTS: dict[str, Layout] = {"x86_64": sigframe_x86_64, "aarch64": sigframe_aarch64}
 _SCAN_MAX = 64 * 1024  # bytes of each stack; faulthandler's handler, below the frame, takes under 1 kB
 _CODE_BYTES, _STACK_BYTES = 16, 512
+_WRITE = {"x86_64": 1, "aarch64": 64}  # write(FD, BUFFER, SIZE)
+_OPENING = b"Fatal Python error: "  # the first that faulthandler writes; the second is the signal's name
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ def _on_stack(layout: Layout, mem: BinaryIO, maps: list[Map], sp: int) -> Saved 
     return layout.find(read_at(mem, sp, min(within.end - sp, _SCAN_MAX)), sp) if within else None
 
 
-def read_signal_frame(pid: int, maps: list[Map]) -> SignalFrame | None:
+def read_signal_frame(pid: int, calls: dict[int, Call | None], maps: list[Map]) -> SignalFrame | None:
     """Find the signal frame on any thread of a stopped process; None if there is none, or on other machines.
 
     Args:
         pid: The process.
+        calls: The system calls its threads are in.
         maps: Its mappings.
 
     Raises:
@@ -63,9 +66,8 @@ def read_signal_frame(pid: int, maps: list[Map]) -> SignalFrame | None:
     if layout is None:
         return None
     with open(f"/proc/{pid}/mem", "rb", 0) as mem:
-        for tid in threads(pid):
-            sp = stack_pointer(pid, tid)
-            saved = _on_stack(layout, mem, maps, sp) if sp else None
+        for tid, call in _suspects(calls, machine, mem):
+            saved = _on_stack(layout, mem, maps, call.sp)
             if saved is not None:
                 return SignalFrame(
                     tid=tid,
@@ -79,12 +81,27 @@ def read_signal_frame(pid: int, maps: list[Map]) -> SignalFrame | None:
     return None
 
 
+def _suspects(calls: dict[int, Call | None], machine: str, mem: BinaryIO) -> list[tuple[int, Call]]:
+    """The threads with their system calls. Where several have faulted, the first to fault comes first.
+
+    It is held with the name of its signal in hand, or was stopped on the way there; the others have the
+    opening words in hand, or are parked.
+    """
+
+    def rank(suspect: tuple[int, Call]) -> int:
+        call = suspect[1]
+        if call.number == _WRITE[machine]:
+            return 2 if read_at(mem, call.arguments[1], len(_OPENING)) == _OPENING else 0
+        return 1 if call.number < 0 else 3
+
+    return sorted(((tid, call) for tid, call in calls.items() if call), key=rank)
+
+
 def mend_null_call(pid: int, maps: list[Map], frame: SignalFrame) -> bool:
     """After a jump to where no code is, let unwinders see the caller: they stop at such a program counter.
 
     Rewrites the program counter and stack pointer that the kernel saved, as if the call had just returned.
-    The process never runs on from there: faulthandler's handler raises the signal again with its default
-    action instead of returning.
+    The process never runs on from there: faulthandler's handler does not return, it ends parked.
 
     Args:
         pid: The process.

@@ -1,4 +1,4 @@
-"""Native and Python stacks of a held process, by pystack. Run as a helper process: ``-m ... PID``.
+"""Native and Python stacks of a held process, by pystack. Run as a helper process: ``-m ... PID PART``.
 
 A corrupt target can crash or stall an unwinder; the supervisor only reads the JSON that this prints.
 """
@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import itertools
+import os
 import signal
 import sys
+import threading
+from enum import StrEnum
 from typing import Any, BinaryIO
 
 import msgspec
@@ -23,6 +27,15 @@ _UNKNOWN = {"??", "???"}  # as pystack calls what has no name
 # What a signal handler returns to: mov $15,%rax; syscall (glibc, x86-64); mov x8,#139; svc #0 (vDSO, arm64).
 _TRAMPOLINES = (bytes.fromhex("48c7c00f0000000f05"), bytes.fromhex("681180d2010000d4"))
 _PR_SET_PDEATHSIG = 1
+_STACK = 32 * 1024 * 1024  # bytes: pystack calls itself for each Python frame, with some 1.6 KiB
+
+
+class Part(StrEnum):
+    """Which stacks to take."""
+
+    BOTH = "both"
+    NATIVE = "native"
+    PYTHON = "python"
 
 
 class Stacks(msgspec.Struct, frozen=True):
@@ -32,6 +45,7 @@ class Stacks(msgspec.Struct, frozen=True):
     build_ids: dict[str, str] = {}
     error: str = ""
     missing: bool = False  # there is no pystack here
+    refused: bool = False  # for want of a permission
 
 
 def _demangled(name: str) -> str:
@@ -91,21 +105,24 @@ def _thread(thread: Any, maps: list[Map], mem: BinaryIO) -> Thread:
     return Thread(thread.tid, thread.name or "", native=_both_ends(native), python=_both_ends(python))
 
 
-def unwind(pid: int, maps: list[Map]) -> list[Thread]:
+def unwind(pid: int, part: Part, maps: list[Map]) -> list[Thread]:
     """Stacks of every thread, innermost frame first.
 
     Raises:
         ImportError: There is no pystack.
         Exception: Whatever pystack raises.
     """
-    from pystack.engine import NativeReportingMode, get_process_threads
+    from pystack.engine import NativeReportingMode, StackMethod, get_process_threads
 
-    found = get_process_threads(pid, stop_process=True, native_mode=NativeReportingMode.ALL)
+    mode = NativeReportingMode.OFF if part == Part.PYTHON else NativeReportingMode.ALL
+    # By this method it finds no interpreter before Python 3.13, and then it leaves Python alone.
+    method = StackMethod.DEBUG_OFFSETS if part == Part.NATIVE else StackMethod.AUTO
+    found = get_process_threads(pid, stop_process=True, native_mode=mode, method=method)
     with open(f"/proc/{pid}/mem", "rb", 0) as mem:
         return [_thread(thread, maps, mem) for thread in found]
 
 
-def examine(pid: int) -> Stacks:
+def examine(pid: int, part: Part) -> Stacks:
     """All that can be had, and what went wrong."""
     maps: list[Map] = []
     build_ids: dict[str, str] = {}
@@ -113,18 +130,27 @@ def examine(pid: int) -> Stacks:
         maps = read_maps(pid)
         paths = sorted({m.path for m in maps if m.path.startswith("/")})
         build_ids = {path: found for path in paths if (found := read_elf(path).build_id)}
-        return Stacks(unwind(pid, maps), build_ids)
+        return Stacks(unwind(pid, part, maps), build_ids)
     except ImportError:
         return Stacks([], build_ids, "pystack is not installed: pip install pystack", missing=True)
     except Exception as error:  # noqa: BLE001 - whatever fails here is a line of the report's provenance
-        return Stacks([], build_ids, f"{type(error).__name__}: {error}")
+        refused = isinstance(error, PermissionError) or os.strerror(errno.EPERM) in str(error)
+        return Stacks([], build_ids, f"{type(error).__name__}: {error}", refused=refused)
 
 
 def main() -> None:
     """Print what can be found out about the process named on the command line, as JSON."""
     # The thread that spawned us waits for us, so here its death is the supervisor's.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    sys.stdout.buffer.write(msgspec.json.encode(examine(int(sys.argv[1]))))
+    pid, part = int(sys.argv[1]), Part(sys.argv[2])
+
+    def work() -> None:
+        sys.stdout.buffer.write(msgspec.json.encode(examine(pid, part)))
+
+    threading.stack_size(_STACK)
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
 
 
 if __name__ == "__main__":

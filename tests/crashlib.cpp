@@ -76,6 +76,22 @@ LOCAL void *body(void *kind) {
     return nullptr;
 }
 
+static pthread_barrier_t start;
+
+LOCAL void *one_of_many(void *number) {  // every other one divides by zero
+    pthread_barrier_wait(&start);
+    crash(reinterpret_cast<long>(number) % 2 ? 4 : 0);
+    sink = sink + 1;
+    return nullptr;
+}
+
+EXPORTED void crash_together(long threads) {
+    pthread_barrier_init(&start, nullptr, threads);
+    pthread_t thread;
+    for (long i = 0; i < threads; i++) pthread_create(&thread, nullptr, one_of_many, reinterpret_cast<void *>(i));
+    pause();
+}
+
 EXPORTED void crash_in_pthread(int kind) {
     pthread_t thread;
     if (pthread_create(&thread, nullptr, body, &kind) == 0) pthread_join(thread, nullptr);

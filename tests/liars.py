@@ -8,24 +8,27 @@ from pathlib import Path
 import msgspec
 
 from crumplezone.workers.native import LlamaCell
-from crumplezone.workers.protocol import Generate, Generated, Progress, Request, Tokenize, Tokenized
+from crumplezone.workers.protocol import Generated, Progress, Request, Tokenize, Tokenized
 
 TARGET = "tests.liars:Liar"
 VARIABLE = "CRUMPLEZONE_TEST_LIE"  # names a file that names the lie
 
 
 class Liar(LlamaCell):
-    """With room for one sequence only it is honest, unless the lie is told ``everywhere``."""
+    """Lies once, unless the lie is told ``always``."""
 
     def handle(self, request: Request) -> msgspec.Struct:
         told = super().handle(request)
-        lie, _, where = Path(os.environ[VARIABLE]).read_text().partition(" ")
-        if not lie or (self.config.n_seq_max == 1 and where != "everywhere"):
-            return told
+        file = Path(os.environ[VARIABLE])
+        lie, _, how_often = file.read_text().partition(" ")
         if isinstance(request, Tokenize) and lie == "tokens":
-            return Tokenized(request.n_bytes + 17)
-        if isinstance(request, Generate) and isinstance(told, Generated) and lie != "tokens":
-            return Generated(0, getattr(self, lie)(told.progress))
+            told = Tokenized(request.n_bytes + 17)
+        elif isinstance(told, Generated) and lie not in ("", "tokens"):
+            told = Generated(0, getattr(self, lie)(told.progress))
+        else:
+            return told
+        if how_often != "always":
+            file.write_text("")
         return told
 
     def stranger(self, _: list[Progress]) -> list[Progress]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from crumplezone import Completion, Decoder, Result
+from crumplezone import Batch, Completion, Decoder, Result
 from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Fault, ModelRecord, Report
 from crumplezone.reports.store import Store
 
@@ -57,6 +60,23 @@ def assert_equal_logits(one: Result, other: Result) -> None:
         a, b = one.logits(seq_id), other.logits(seq_id)
         assert int(a.argmax()) == int(b.argmax())
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2)
+
+
+def kill(decoder: Decoder) -> None:
+    assert decoder.pid is not None
+    os.kill(decoder.pid, signal.SIGKILL)
+
+
+def say(decoder: Decoder, seq_id: int, *tokens: int) -> npt.NDArray[np.float32]:
+    """Append tokens to a sequence; the logits of the last one."""
+    batch = Batch(len(tokens), seq_id + 1)
+    batch.add_sequence(seq_id, tokens)
+    return decoder.decode(batch).logits(seq_id)
+
+
+def held(decoder: Decoder, n_seq: int = 4) -> list[tuple[int, int]]:
+    """Of each sequence, the first and the last position in memory."""
+    return [(decoder.memory.pos_min(i), decoder.memory.pos_max(i)) for i in range(n_seq)]
 
 
 def outcome(completions: list[Completion]) -> list[tuple[int, str, list[int]]]:

@@ -27,16 +27,13 @@ from crumplezone.errors import (
     SequenceError,
     UsageError,
 )
-from crumplezone.reports.schema import Exit
+from crumplezone.reports.schema import Exit, Held
 from crumplezone.reports.store import Store
 from crumplezone.workers.calls import Limits
 from crumplezone.workers.runner import Runner
 from crumplezone.workers.settings import configure
-from tests.support import (
-    Open,
-    assert_equal_logits,
-    sequences,
-)
+from tests.support import Open, assert_equal_logits, held, kill, reports_of, say, sequences
+from tests.test_foreign import Owner, point
 from tests.tiny_gguf import write_block_count_zero, write_tiny_llama, write_truncated
 
 # --- results
@@ -79,6 +76,67 @@ def test_a_pooling_model_still_gives_a_row_per_token(tmp_path: Path, make: Open)
     result = make(model, 2).encode(Batch.of([[5, 6, 7], [8, 9]]))
     assert result.errors == {}
     assert not np.allclose(result.embeddings(0, 0), result.embeddings(0, 2))
+
+
+# --- a caller's own structure
+
+
+def foreign(*sequences: list[int]) -> Owner:
+    """A ctypes ``llama_batch`` with these sequences from position 0 on, as `Batch.of` makes one."""
+    owner = Owner([[seq_id] for seq_id, tokens in enumerate(sequences) for _ in tokens])
+    columns = Batch.of(sequences).columns()
+    filled = {"token": columns.tokens, "pos": columns.positions, "logits": columns.outputs}
+    for name, column in filled.items():
+        owner.arrays[name][:] = column
+    return owner
+
+
+def test_a_ctypes_batch_is_a_batch(tiny: Path, make: Open) -> None:
+    sequences = ([4, 5, 6], [7, 8])
+    decoder, other = make(tiny), make(tiny)
+    given, owner = Batch.of(sequences), foreign(*sequences)
+    assert_equal_logits(decoder.decode(owner), other.decode(given))
+    point(owner.batch, "pos", 0)  # NULL: where each sequence goes on
+    assert_equal_logits(decoder.decode(owner.batch), other.decode(given))
+    assert held(decoder) == held(other) == [(0, 5), (0, 3), (-1, -1), (-1, -1)]
+    for wrong, field in ((foreign([4, 128]), r"tokens\[1\] is 128"), (foreign([4]), r"positions\[0\] is 0")):
+        with pytest.raises(InputError, match=field):
+            decoder.decode(wrong.batch)
+    with pytest.raises(InputError, match="must be a llama_batch"):
+        decoder.decode([1, 2, 3])
+
+
+def test_nulls_that_are_sent_as_they_are(tiny: Path, make: Open, store: Store) -> None:
+    decoder, other = make(tiny), make(tiny)
+    for each in (decoder, other):
+        say(each, 0, 4, 5)
+    owner = foreign([0, 0, 6, 7])
+    owner.arrays["token"][:2] = 8, 9
+    owner.arrays["pos"] += 2
+    owner.arrays["seq_id"][1] = 0
+    with pytest.raises(InputError, match=r"seq_id\[1\] is 'NULL'"):
+        decoder.decode(owner.batch)
+    result = decoder.decode(owner.batch, level="off")
+    (report,) = reports_of(decoder, store)
+    assert report.evidence.exit == Exit.SIGNAL
+    assert report.batch is not None
+    assert (report.batch.nulls, report.batch.held) == (["seq_id[1]"], [Held(0, [4, 5], [0, 1])])
+    assert (result.rung(0), result.errors) == (Rung.SAFE, {})
+    np.testing.assert_allclose(result.logits(0), say(other, 0, 8, 9, 6, 7), rtol=1e-3, atol=1e-3)
+    assert held(decoder) == held(other)
+    np.testing.assert_allclose(say(decoder, 0, 20), say(other, 0, 20), rtol=1e-3, atol=1e-3)
+
+
+def test_a_token_of_no_sequence_is_in_no_memory(tiny: Path, make: Open) -> None:
+    """A context of one sequence takes it, if asked to, and a new cell need not have it."""
+    decoder, other = make(tiny, 1), make(tiny, 1)
+    owner = foreign([4, 9, 5])
+    owner.arrays["n_seq_id"][1] = 0
+    owner.arrays["pos"][:] = 0, 1, 1
+    assert decoder.decode(owner, level="native").rung(0) == Rung.NATIVE
+    say(other, 0, 4, 5)
+    kill(decoder)
+    np.testing.assert_allclose(say(decoder, 0, 20), say(other, 0, 20), rtol=1e-3, atol=1e-3)
 
 
 # --- bad models
@@ -129,7 +187,7 @@ def test_bad_batches_are_refused_and_cost_nothing(tiny: Path, make: Open, store:
         r"seq_ids\[0\] is 5": high,
         r"seq_ids\[2\] is 2": Batch.of([[1]] * 3),
         "context holds 256": Batch.of([[1] * 257]),
-        "at least one sequence": Batch(4),
+        "add at least one token": Batch(4),
     }
     for message, batch in bad.items():
         for work in (decoder.decode, decoder.encode):
@@ -214,6 +272,24 @@ def test_close_waits_for_the_call_of_another_thread(tiny: Path, make: Open) -> N
             assert isinstance(job.exception(), UsageError | None)
 
 
+def test_threads_do_not_interleave(tiny: Path, make: Open) -> None:
+    decoder, other = make(tiny), make(tiny)
+
+    def talk(seq_id: int) -> list[np.ndarray]:
+        rows = []
+        for step in range(20):
+            rows.append(say(decoder, seq_id, 10 * seq_id + step % 10))
+            if step % 5 == 4:
+                decoder.memory.remove(seq_id, decoder.memory.pos_max(seq_id) - 1)
+        return rows
+
+    with ThreadPoolExecutor(4) as pool:
+        spoken = list(pool.map(talk, range(4)))
+    decoder = other
+    for seq_id in range(4):
+        np.testing.assert_allclose(spoken[seq_id], talk(seq_id), rtol=1e-3, atol=1e-3)
+
+
 def test_use_in_a_forked_child(tiny: Path, make: Open) -> None:
     decoder = make(tiny)
     child = os.fork()
@@ -221,6 +297,9 @@ def test_use_in_a_forked_child(tiny: Path, make: Open) -> None:
         try:
             decoder.decode(Batch.of([[1]]))
         except UsageError:
+            with contextlib.suppress(UsageError):
+                decoder.memory.clear()
+                os._exit(2)
             decoder.close()
             os._exit(7)
         finally:

@@ -18,7 +18,7 @@ from markdown_it.token import Token
 from crumplezone.errors import ReportError
 from crumplezone.reports import bundle, markdown, sarif, schema, text
 from crumplezone.reports.schema import Evidence, Exit, Frame, Report, Signature, Thread, Verdict, VerdictKind
-from crumplezone.reports.signature import sign
+from crumplezone.reports.signature import VERSION, sign
 from tests.specimens import full
 from tests.test_cell import die
 
@@ -185,7 +185,7 @@ def test_sarif_of_a_real_crash_is_valid_and_says_where(real: Report) -> None:
     assert real.signature is not None
     assert rule["id"] == result["ruleId"] == real.signature.id
     assert rule["shortDescription"]["text"] == real.signature.title
-    assert result["partialFingerprints"] == {"crumplezoneSignature/v1": real.signature.id}
+    assert result["partialFingerprints"] == {f"crumplezoneSignature/v{VERSION}": real.signature.id}
     assert result["message"]["text"] == text.summary(real)
     native, python = result["stacks"]
     names = [frame["location"]["logicalLocations"][0]["fullyQualifiedName"] for frame in python["frames"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from crumplezone.diagnostics.triage import cells, groups
 from crumplezone.errors import ReportError
 from crumplezone.reports import index, schema, text
 from crumplezone.reports.index import Row
@@ -165,6 +167,35 @@ def test_foreign_and_torn_lines_are_ignored(tmp_path: Path) -> None:
     reports.write(full("b"), "")  # its line comes after a torn one
     rows, _ = index.Index(tmp_path).load()
     assert "b" in rows
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("crashed_at", "0001-01-01T00:00:00+14:00"),
+        ("crashed_at", "9999-12-31T23:59:59-14:00"),
+        ("crashed_at", "2026-11-21T06:04:11"),
+        ("bytes", 1 << 63),
+    ],
+)
+def test_a_line_of_the_right_stamp_with_a_wrong_value_is_ignored(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    reports = Store(tmp_path)
+    reports.write(full(), "")
+    expected = reports.rows()
+    line = json.loads((tmp_path / index.NAME).read_bytes()) | {field: value}
+    (tmp_path / index.NAME).write_text(json.dumps(line))
+    assert reports.rows() == expected
+    assert [groups(reports.rows(), {})[0].count, cells(reports.rows()[0])[1][:4]] == [1, "2026"]
+
+
+@pytest.mark.parametrize("when", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "0001-05-01"])
+def test_a_report_of_an_impossible_time_has_that_of_its_directory(tmp_path: Path, when: str) -> None:
+    reports = Store(tmp_path)
+    reports.write(msgspec.structs.replace(full(), crashed_at=when), "")
+    (tmp_path / index.NAME).unlink()
+    assert row_in(reports).crashed_at.year > 2000
 
 
 def fifo(path: Path) -> None:

@@ -30,7 +30,7 @@ Tell = Callable[[str], object]
 
 @pytest.fixture
 def tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tell:
-    """Let every cell that starts from now on tell a lie; with an empty one it is honest."""
+    """Let the cells that start from now on tell a lie, once or ``always``."""
     file = tmp_path / "lie"
     monkeypatch.setattr(Runner.__init__, "__defaults__", (liars.TARGET,))
     monkeypatch.setenv(liars.VARIABLE, str(file))
@@ -53,20 +53,22 @@ def test_a_lie_costs_the_cell_and_no_prompt(tiny: Path, make: Open, store: Store
     assert [each.detail for each in evidence] == found
 
 
-def test_a_cell_that_lies_on_every_rung_ends(tiny: Path, make: Open, store: Store, tell: Tell) -> None:
-    tell("nothing everywhere")
+def test_a_cell_that_always_lies_ends(tiny: Path, make: Open, store: Store, tell: Tell) -> None:
+    tell("nothing always")
     decoder = make(tiny, 2, deadline=30)
-    (completion,) = decoder.generate(["abc"], max_tokens=8)
-    assert isinstance(completion.error, SequenceError)
-    assert (completion.finish_reason, completion.tokens) == ("error", [])
+    completions = list(decoder.generate(PROMPTS[:3], max_tokens=8))
+    for completion in completions:
+        assert isinstance(completion.error, SequenceError)
+        assert (completion.finish_reason, completion.tokens) == ("error", [])
     written = reports_of(decoder, store)
+    rungs = ["native", "safe", "token", "safe", "token", "native", "safe", "token"]  # two prompts at a time
     assert [(report.rung, report.evidence.exit) for report in written] == [
-        (rung, Exit.PROTOCOL) for rung in ("native", "safe", "token")
+        (rung, Exit.PROTOCOL) for rung in rungs
     ]
 
 
 def test_more_tokens_than_a_text_can_have(tiny: Path, make: Open, store: Store, tell: Tell) -> None:
-    tell("tokens")
+    tell("tokens always")
     decoder = make(tiny, 2, deadline=30)
     (completion,) = decoder.generate(["abc"], max_tokens=8)
     assert isinstance(completion.error, SequenceError)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from crumplezone.errors import BatchError, CrumplezoneError, ModelError, Sequenc
 from crumplezone.reports.schema import Exit
 from crumplezone.reports.store import Store
 from tests.poison import Poison
-from tests.support import Dose, Open, outcome, reports_of
+from tests.support import Dose, Open, assert_equal_logits, kill, outcome, reports_of
 
 BATCH = Batch.of([[4, 5, 6], [7, 8]])
 # Two at a time: two finish, the third dies at position 31 beside the fourth, and the fifth has to wait.
@@ -31,11 +30,6 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 
 def generate(decoder: Decoder) -> list[Completion]:
     return list(decoder.generate(PROMPTS, max_tokens=20))
-
-
-def kill(decoder: Decoder) -> None:
-    assert decoder.pid is not None
-    os.kill(decoder.pid, signal.SIGKILL)
 
 
 def test_prompts_in_flight_and_in_the_queue_get_an_error(
@@ -62,23 +56,20 @@ def test_prompts_in_flight_and_in_the_queue_get_an_error(
     assert [c.reports for c in completions] == [(), (), *[(str(store.path(report.id)),)] * 2, ()]
 
 
-def test_a_safe_cell_that_runs_takes_everything_over(
-    model: Path, make: Open, dose: Dose, tmp_path: Path
-) -> None:
-    undisturbed = generate(make(model, 2))
-    dose(Poison(position=31, once=str(tmp_path / "crashed")))
-    decoder = make(model, 2)
-    reference = decoder.decode(BATCH)
-    decoder.encode(BATCH)  # preflight: by the safe cell, which is started for it
-    model.unlink()
-    completions = generate(decoder)
-    assert outcome(completions) == outcome(undisturbed)
-    assert [c.error for c in completions] == [None] * 5
-    assert [c.rung for c in completions] == [Rung.NATIVE] * 2 + [Rung.SAFE] * 3
-    result = decoder.decode(BATCH)
-    for seq_id in (0, 1):
-        assert result.rung(seq_id) == Rung.SAFE
-        np.testing.assert_allclose(result.logits(seq_id), reference.logits(seq_id), rtol=1e-3, atol=1e-3)
+def test_the_memory_waits_until_the_model_is_there_again(model: Path, make: Open) -> None:
+    undisturbed, decoder = make(model, 2), make(model, 2)
+    for each in (undisturbed, decoder):
+        each.decode(BATCH)
+    elsewhere = model.rename(model.with_suffix(".moved"))
+    kill(decoder)
+    lost = decoder.decode(BATCH)
+    assert list(lost.errors) == [0, 1]
+    assert all("cannot be read" in str(error) for error in lost.errors.values())
+    with pytest.raises(ModelError):
+        decoder.memory.remove(0, 1)
+    assert [decoder.memory.pos_max(i) for i in (0, 1)] == [2, 1]
+    elsewhere.rename(model)
+    assert_equal_logits(decoder.decode(BATCH), undisturbed.decode(BATCH))
 
 
 def test_without_fallback_the_error_says_what_is_missing(
@@ -131,6 +122,8 @@ def test_a_machine_without_descriptors(tiny: Path, make: Open) -> None:
     errors: list[CrumplezoneError | None] = [*result.errors.values(), completion.error]
     assert len(errors) == 3
     assert all("Too many open files" in str(error) for error in errors)
+    assert [decoder.memory.pos_max(i) for i in (0, 1)] == [2, 1]
+    decoder.memory.clear()
     again = decoder.decode(BATCH)
     assert again.rung(0) == Rung.NATIVE
     np.testing.assert_array_equal(again.logits(0), reference.logits(0))

@@ -20,6 +20,7 @@ from crumplezone.reports.schema import (
     Evidence,
     Exit,
     Generating,
+    Held,
     LadderStep,
     Outcome,
     Replay,
@@ -52,14 +53,14 @@ def test_a_loader_that_dies(tmp_path: Path, store: Store) -> None:
     assert len(read_all(store)) == 1
 
 
-def test_every_rung_records_its_own_context(tiny: Path, record: Record, dose: Dose) -> None:
+def test_every_rung_records_what_it_was_given(tiny: Path, record: Record, dose: Dose) -> None:
     dose(Poison(token=99))
     batch = Batch.of([[4, 5], [6, 99, 7]])
     written = record(tiny, lambda decoder: decoder.decode(batch, embeddings=True), n_batch=2048)
     assert [report.rung for report in written] == ["native", "safe", "token"]
-    assert [report.context["n_seq_max"] for report in written] == [4, 1, 1]
-    assert [report.context["n_ctx"] for report in written] == [1024, 256, 256]
-    assert [report.batch and report.batch.chunk for report in written] == [0, 256, 1]
+    assert [report.batch and report.batch.chunk for report in written] == [0, 1024, 1]
+    # The sequences before were decoded: the safe rungs append to the same memory.
+    assert [report.batch and report.batch.held for report in written[1:]] == [[Held(0, [4, 5], [0, 1])]] * 2
     assert [report.batch and report.batch.embeddings for report in written[1:]] == [True, True]
     for report in written:
         replayed = replay(report, 1)
@@ -113,6 +114,8 @@ def test_reports_that_cannot_be_asked_again(tiny: Path) -> None:
         "redacted": report_of(batch_of([4]), str(tiny), redacted=True),
         "not decoding": report_of(None, str(tiny)),
         "only counts towards 'y'": report_of(None, str(tiny), same_as="y"),
+        "vectors instead of tokens": report_of(replace(batch_of([4]), n_embd=32), str(tiny)),
+        "copies, shifts or saved states": report_of(replace(batch_of([4]), held_more=True), str(tiny)),
     }
     for why, report in reports.items():
         for ask in (replay, minimise, script):
@@ -145,6 +148,21 @@ GENERATING = BatchRecord([], [], [], [], "generate", 8, generating=[Generating(0
         ("batch.seq_ids[1]", {"batch": replace(batch_of([4, 5]), seq_ids=[0, 10**30])}),
         ("batch.chunk", {"batch": replace(batch_of([4, 5]), chunk=-1)}),
         ("batch.chunk", {"batch": replace(GENERATING, chunk=0)}),
+        ("batch.shared", {"batch": replace(batch_of([4, 5]), shared={"2": [1]})}),
+        ("batch.shared", {"batch": replace(batch_of([4, 5]), shared={"01": [1]})}),
+        ("batch.shared", {"batch": replace(batch_of([4, 5]), shared={"9" * 5000: [1]})}),
+        ("batch.shared[1][0]", {"batch": replace(batch_of([4, 5]), shared={"1": [2**31]})}),
+        ("len(batch.shared[0])", {"batch": replace(batch_of([4, 5]), shared={"0": [1] * 257})}),
+        ("batch.nulls", {"batch": replace(batch_of([4, 5]), nulls=["token"])}),
+        ("batch.nulls", {"batch": replace(batch_of([4, 5]), nulls=["seq_id[2]"])}),
+        ("batch.nulls", {"batch": replace(batch_of([4, 5]), nulls=["pos\nimport os"])}),
+        ("len(batch.nulls)", {"batch": replace(GENERATING, nulls=["pos\nimport os"])}),
+        ("len(batch.held)", {"batch": replace(batch_of([4]), held=[Held(0, [4], [0])] * 257)}),
+        ("len(batch.held)", {"batch": replace(batch_of([4]), operation="encode", held=[Held(0, [4], [0])])}),
+        ("len(batch.held[0].tokens)", {"batch": replace(batch_of([4]), held=[Held(0, [], [])])}),
+        ("len(batch.held[0].positions)", {"batch": replace(batch_of([4]), held=[Held(0, [4], [])])}),
+        ("batch.held[0].positions[0]", {"batch": replace(batch_of([4]), held=[Held(0, [4], [2**31])])}),
+        ("batch.held[0].seq_id", {"batch": replace(batch_of([4]), held=[Held(2**40, [4], [0])])}),
         ("len(batch.generating)", {"batch": replace(GENERATING, generating=[])}),
         (
             "len(batch.generating[0].tokens)",

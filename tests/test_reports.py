@@ -62,7 +62,6 @@ def test_a_report_with_almost_nothing_and_one_with_lies_are_rendered() -> None:
 @pytest.mark.parametrize(
     ("evidence", "expected"),
     [
-        (Evidence(Exit.CLEAN, 1), "The cell stopped as asked."),
         (Evidence(Exit.SIGNAL, 1, returncode=-8), "signal 8."),
         (Evidence(Exit.ABORT, 1), "SIGABRT."),
         (

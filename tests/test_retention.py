@@ -6,10 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -213,7 +211,24 @@ def test_an_empty_store_and_one_that_is_none(tmp_path: Path) -> None:
         Store(tmp_path / "file").prune(NOTHING)
 
 
-@pytest.mark.parametrize("data", [b"", b"[" * 100_000, b'{"counts": [{"removed": 1}]}', b"\xff"])
+def ledger(removed: int = 1, first: str = NOW.isoformat(), last: str = NOW.isoformat()) -> bytes:
+    count = {"signature": "a", "removed": removed, "first_seen": first, "last_seen": last}
+    return msgspec.json.encode({"counts": [count]})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[" * 100_000,
+        b'{"counts": [{"removed": 1}]}',
+        b"\xff",
+        ledger(-1),
+        ledger(1 << 60),
+        ledger(first="2026-01-01T00:00:00"),
+        ledger(last="9999-12-31T23:59:59-23:00"),
+    ],
+)
 def test_a_damaged_ledger_harms_nothing(tmp_path: Path, data: bytes) -> None:
     reports = Store(tmp_path)
     for number in range(3):
@@ -301,9 +316,11 @@ class Clock:
 
 def test_a_storm_keeps_few_in_full_and_the_rest_counts(tmp_path: Path) -> None:
     reports, clock = Store(tmp_path), Clock()
-    storm = Storm(clock)
+    storm = Storm(reports.has, clock)
     for number in range(20):
-        reports.write(storm.admit(report(number, "a")), "")
+        admitted = storm.admit(report(number, "a"))
+        reports.write(admitted, "")
+        storm.count(admitted)
         clock.now += 1
     rows = sorted(reports.rows(), key=lambda row: row.id)
     assert [row.same_as for row in rows] == [""] * FULL_PER_HOUR + ["r000"] * (20 - FULL_PER_HOUR)
@@ -311,35 +328,48 @@ def test_a_storm_keeps_few_in_full_and_the_rest_counts(tmp_path: Path) -> None:
     assert storm.admit(report(20, "b")) == report(20, "b")  # another signature is no part of it
 
 
+def admits(storm: Storm, each: Report) -> bool:
+    """Whether a report is kept in full, and written."""
+    admitted = storm.admit(each)
+    storm.count(admitted)
+    return not admitted.same_as
+
+
 def test_full_reports_come_back_as_the_hour_passes() -> None:
     clock = Clock()
-    storm = Storm(clock)
-
-    def kept() -> bool:
-        return not storm.admit(report(0, "a")).same_as
-
-    assert [kept() for _ in range(FULL_PER_HOUR + 1)] == [True] * FULL_PER_HOUR + [False]
+    storm = Storm(lambda _: True, clock)
+    share = [True] * FULL_PER_HOUR + [False]
+    assert [admits(storm, report(0, "a")) for _ in share] == share
     clock.now += 3599
-    assert not kept()
+    assert not admits(storm, report(0, "a"))
     clock.now += 1
-    assert [kept() for _ in range(FULL_PER_HOUR + 1)] == [True] * FULL_PER_HOUR + [False]
+    assert [admits(storm, report(0, "a")) for _ in share] == share
 
 
-def test_a_storm_of_threads_and_of_signatures() -> None:
-    storm = Storm()
-    barrier = threading.Barrier(8)
+def test_what_was_not_written_or_is_gone_is_not_referred_to() -> None:
+    present: set[str] = set()
+    storm = Storm(present.__contains__)
+    for number in range(20):
+        assert not storm.admit(report(number, "a")).same_as  # not one of them is written
+    for number in range(20, 20 + FULL_PER_HOUR):
+        assert admits(storm, report(number, "a"))
+        present.add(f"r{number:03}")
+    assert storm.admit(report(40, "a")).same_as == "r020"
+    present.clear()
+    assert admits(storm, report(41, "a"))
+    present.add("r041")
+    assert [admits(storm, report(42, "a")) for _ in range(FULL_PER_HOUR)] == [True] * 7 + [False]
+    assert storm.admit(report(43, "a")).same_as == "r041"
 
-    def many(_: int) -> int:
-        barrier.wait()
-        return sum(not storm.admit(report(0, "a")).same_as for _ in range(50))
 
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(many, range(8))) == FULL_PER_HOUR
+def test_a_storm_of_signatures_is_bounded() -> None:
+    storm = Storm(lambda _: True)
     for number in range(3000):
-        storm.admit(report(0, f"s{number}"))
+        storm.count(report(0, f"s{number}"))
     assert len(storm._seen) <= 1024
     unsigned = full()
-    assert [storm.admit(unsigned) for _ in range(20)] == [unsigned] * 20
+    for _ in range(20):
+        assert admits(storm, unsigned)
 
 
 def test_slim_keeps_what_counts() -> None:

@@ -25,6 +25,7 @@ from crumplezone.reports.schema import (
     Exit,
     Fault,
     Frame,
+    Held,
     ModelRecord,
     Outcome,
     Thread,
@@ -32,7 +33,8 @@ from crumplezone.reports.schema import (
 )
 from crumplezone.reports.store import Store
 from tests.poison import Poison
-from tests.support import Dose, Record, batch_of, columns, read_all, report_of
+from tests.support import CONTEXT, Dose, Record, batch_of, columns, read_all, report_of
+from tests.test_decoder import foreign
 from tests.tiny_gguf import write_tiny_llama
 
 
@@ -110,6 +112,54 @@ def test_an_assertion_keeps_its_text(tiny: Path, record: Record, tmp_path: Path)
     plain = plainly(text, tmp_path)
     assert plain.returncode == -6
     assert "n_tokens_all <= cparams.n_batch" in plain.stderr
+
+
+def test_what_was_held_is_decoded_before(tiny: Path, record: Record, tmp_path: Path) -> None:
+    def crash(decoder: Decoder) -> None:
+        decoder.decode(Batch.of([[4, 5, 6], [7, 8]]))
+        decoder.decode(Batch.of([[9] * 6, [10] * 4]))
+
+    (report,) = record(tiny, crash, n_batch=8)
+    text = script(report)
+    assert check(text, report).same
+    calls = text.replace('"""One native call."""', 'print("call", [row[:3] for row in rows], flush=True)')
+    lines = plainly(calls, tmp_path).stdout.splitlines()
+    assert lines[:2] == ["call [(4, 0, 0), (5, 1, 0), (6, 2, 0)]", "call [(7, 0, 1), (8, 1, 1)]"]
+    assert lines[2].startswith("call [(9, 3, 0), ")
+    assert len(lines) == 3
+
+
+def test_null_is_sent_with_the_batch_alone(tiny: Path, record: Record, tmp_path: Path) -> None:
+    owner = foreign([4, 5, 6])
+    owner.arrays["seq_id"][1] = 0
+
+    def crash(decoder: Decoder) -> None:
+        decoder.decode(Batch.of([[7, 8]]))
+        owner.arrays["pos"] += 2
+        decoder.decode(owner, level="off")
+
+    (report,) = record(tiny, crash)
+    text = script(report)
+    assert "batch.seq_id[1] = None" in text
+    assert check(text, report).same
+    assert plainly(text, tmp_path).returncode == -11
+
+
+def test_tokens_that_several_sequences_share(tiny: Path, tmp_path: Path) -> None:
+    batch = replace(batch_of([4, 5], [6]), shared={"0": [1], "1": [1]}, held=[Held(3, [7, 8], [0, 1])])
+    batch = replace(batch, positions=[0, 1, 2])
+    text = script(report_of(batch, str(tiny), context=CONTEXT | {"n_seq_max": 4, "n_ctx": 1024}))
+    assert "(4, 0, (0, 1), 0), (5, 1, (0, 1), 1), (6, 2, (1,), 1)," in text
+    plain = plainly(text, tmp_path)
+    assert "no crash: llama_decode returned 1" in plain.stderr  # no slot, with a stream for each sequence
+
+
+def test_a_token_of_no_sequence(tiny: Path, record: Record) -> None:
+    owner = foreign([4])
+    owner.arrays["n_seq_id"][0] = 0
+    (report,) = record(tiny, lambda decoder: decoder.decode(owner, level="off"))
+    assert replay(report, 1).replay.same == 1
+    assert check(script(report), report).same
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

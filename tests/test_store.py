@@ -13,8 +13,10 @@ import msgspec
 import pytest
 
 from crumplezone.errors import ReportError
-from crumplezone.reports import index, schema, store
-from crumplezone.reports.schema import Exit
+from crumplezone.reports import index, schema, store, text
+from crumplezone.reports.schema import Exit, Report
+from crumplezone.reports.shrink import fit
+from crumplezone.reports.signature import sign
 from crumplezone.reports.store import Store
 from tests.specimens import ID, full, plant
 
@@ -96,7 +98,7 @@ def test_a_store_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_report_that_cannot_be_encoded_leaves_nothing(tmp_path: Path) -> None:
     reports = Store(tmp_path)
-    bad = msgspec.structs.replace(full(), result="\udc80")
+    bad = msgspec.structs.replace(full(), result=object())
     with pytest.raises(ReportError, match="cannot be encoded"):
         reports.write(bad, "")
     assert list(tmp_path.iterdir()) == []
@@ -104,6 +106,69 @@ def test_a_report_that_cannot_be_encoded_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="cannot be encoded"):
         reports.update(bad)
     assert reports.read(ID) == full()
+
+
+def test_what_is_not_utf8_is_escaped(tmp_path: Path) -> None:
+    reports, odd = Store(tmp_path), full(hostile="\udcff\ud800")
+    path = reports.write(odd, text.render(odd))
+    assert reports.read(ID) == full(hostile=r"\udcff\ud800")
+    (row,) = reports.rows()
+    (tmp_path / index.NAME).unlink()
+    assert reports.rows() == [row]
+    assert sign(reports.read(ID)) == sign(odd)
+    reports.update(odd)
+    assert "\nsecond\\udcff" in (path / "report.txt").read_text()
+
+
+BIG = 1 << 20  # tokens
+
+
+def huge(n: int) -> Report:
+    batch = schema.BatchRecord([50_000] * n, list(range(n)), [0] * n, [False] * n)
+    return msgspec.structs.replace(full(), batch=batch)
+
+
+def test_a_batch_of_half_a_million_tokens_is_kept(tmp_path: Path) -> None:
+    reports, report = Store(tmp_path), huge(BIG // 2)
+    reports.write(report, "")
+    assert reports.read(ID) == report
+
+
+def test_what_is_too_large_is_cut_and_says_so(tmp_path: Path) -> None:
+    reports = Store(tmp_path)
+    reports.write(huge(BIG), "")
+    found = reports.read(ID)
+    assert found.batch is not None
+    assert found.batch.tokens == [50_000] * 8192
+    assert found.batch.positions == [*range(4096), *range(BIG - 4096, BIG)]
+    assert found.batch.cut == BIG - 8192
+    (said,) = [step for step in found.evidence.steps if step.name == "size"]
+    assert said.detail.startswith("left out the middle of the batch: ")
+    assert "1040384 of its tokens are left out" in text.render(found)
+    assert sign(found) == sign(full())
+
+
+def test_what_is_dispensable_goes_first() -> None:
+    maps = [schema.Mapping("0x1", "0x2", "r-xp", path="/x" * 50)] * 1000
+    threads = [*full().evidence.threads, *[schema.Thread(9, "idle" * 100)] * 1000]
+    evidence = msgspec.structs.replace(
+        full().evidence, stderr_tail="x" * 100_000, log_tail=["y" * 100] * 1000, maps=maps, threads=threads
+    )
+    report = msgspec.structs.replace(huge(20_000), evidence=evidence)
+    sizes, left_out = [len(schema.encode(report))], list[str]()
+    while len(left_out) < 4:
+        report, data = fit(report, sizes[-1] - 1)
+        sizes.append(len(data))
+        left_out.append(report.evidence.steps[-1].detail.partition(":")[0])
+        assert schema.decode(data) == report
+    assert left_out == [
+        "left out all but the end of the logs",
+        "left out the mappings",
+        "left out the middle of the batch",
+        "left out the other threads and most of the ladder",
+    ]
+    assert [thread.crashed for thread in report.evidence.threads] == [True]
+    assert sign(report) == sign(full())
 
 
 @pytest.mark.parametrize("bad", ["", ".", "..", "../x", "/etc", "a/b", ".tmp-x-1", "a\0b", "a\n", "\x1b[31m"])

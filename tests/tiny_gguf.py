@@ -1,4 +1,4 @@
-"""Tiny GGUF models for tests: one that decodes, and ones that the loader refuses or dies on."""
+"""Tiny GGUF files for tests: models that decode, ones that the loader refuses or dies on, an adapter."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def write_tiny_llama(
 ) -> Path:
     """Write a two-headed F32 llama to `path`; `overrides` replaces metadata, or drops it where None."""
     n_head, n_ff = 2, 2 * n_embd
-    texts, scores, kinds = _vocabulary(n_vocab)
     metadata: dict[str, Value | None] = {
         "general.name": "tiny-llama",
+        "general.architecture": "llama",
         "general.file_type": int(gguf.LlamaFileType.ALL_F32),
         "llama.vocab_size": n_vocab,
         "llama.context_length": n_ctx,
@@ -102,6 +102,70 @@ def write_tiny_llama(
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         "llama.rope.dimension_count": n_embd // n_head,
         "llama.rope.freq_base": 10000.0,
+        **_tokenizer(n_vocab),
+        **(overrides or {}),
+    }
+    return _write(path, metadata, _tensors(n_layer, n_vocab, n_embd, n_ff, seed))
+
+
+def write_tiny_mamba(path: str | os.PathLike[str], *, n_vocab: int = 128) -> Path:
+    """Write a one-layered F32 Mamba to `path`: recurrent, a state in the place of positions."""
+    n_embd, n_inner, n_state, n_conv, n_dt = 32, 64, 16, 4, 2
+    metadata: dict[str, Value | None] = {
+        "general.architecture": "mamba",
+        "mamba.vocab_size": n_vocab,
+        "mamba.context_length": 256,
+        "mamba.embedding_length": n_embd,
+        "mamba.feed_forward_length": 0,
+        "mamba.attention.head_count": 0,
+        "mamba.block_count": 1,
+        "mamba.attention.layer_norm_rms_epsilon": 1e-5,
+        "mamba.ssm.conv_kernel": n_conv,
+        "mamba.ssm.inner_size": n_inner,
+        "mamba.ssm.state_size": n_state,
+        "mamba.ssm.time_step_rank": n_dt,
+        **_tokenizer(n_vocab),
+    }
+    shapes = {
+        "token_embd.weight": (n_vocab, n_embd),
+        "output_norm.weight": (n_embd,),
+        "blk.0.attn_norm.weight": (n_embd,),
+        "blk.0.ssm_in.weight": (2 * n_inner, n_embd),
+        "blk.0.ssm_conv1d.weight": (n_inner, n_conv),
+        "blk.0.ssm_conv1d.bias": (n_inner,),
+        "blk.0.ssm_x.weight": (n_dt + 2 * n_state, n_inner),
+        "blk.0.ssm_dt.weight": (n_inner, n_dt),
+        "blk.0.ssm_dt.bias": (n_inner,),
+        "blk.0.ssm_a": (n_inner, n_state),
+        "blk.0.ssm_d": (n_inner,),
+        "blk.0.ssm_out.weight": (n_embd, n_inner),
+    }
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(n, dtype=np.float32) / np.float32(4) for name, n in shapes.items()}
+    tensors["blk.0.ssm_a"] = -np.abs(tensors["blk.0.ssm_a"])  # below 0, or the state grows for ever
+    return _write(path, metadata, tensors)
+
+
+def write_tiny_lora(path: str | os.PathLike[str], *, n_embd: int = 32) -> Path:
+    """Write a LoRA adapter for a tiny llama."""
+    metadata: dict[str, Value | None] = {
+        "general.architecture": "llama",
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 8.0,
+    }
+    rng = np.random.default_rng(0)
+    shapes = {"lora_a": (4, n_embd), "lora_b": (n_embd, 4)}
+    tensors = {
+        f"blk.0.attn_q.weight.{name}": rng.standard_normal(shape, dtype=np.float32)
+        for name, shape in shapes.items()
+    }
+    return _write(path, metadata, tensors)
+
+
+def _tokenizer(n_vocab: int) -> dict[str, Value | None]:
+    texts, scores, kinds = _vocabulary(n_vocab)
+    return {
         # Unigram maps a character outside a small vocabulary to <unk>; SPM without byte tokens
         # throws through the C API, and BPE drops the character.
         "tokenizer.ggml.model": "t5",
@@ -115,21 +179,25 @@ def write_tiny_llama(
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.add_space_prefix": False,
-        **(overrides or {}),
     }
-    target = Path(path)
-    architecture = metadata.pop("general.architecture", "llama")
-    writer = gguf.GGUFWriter(target, str(architecture))
+
+
+def _write(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Value | None],
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+) -> Path:
+    writer = gguf.GGUFWriter(Path(path), str(metadata["general.architecture"]))
     for key, value in metadata.items():
-        if value is not None:
+        if value is not None and key != "general.architecture":
             writer.add_key_value(key, value, _VALUE_TYPES[type(value)])
-    for name, tensor in _tensors(n_layer, n_vocab, n_embd, n_ff, seed).items():
+    for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return target
+    return Path(path)
 
 
 def write_block_count_zero(path: str | os.PathLike[str]) -> Path:

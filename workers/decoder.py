@@ -200,9 +200,9 @@ class Decoder:
         """
         with self._turn():
             config = self._native.config
-            sizes = {"n_ctx": n_ctx or config.n_ctx, "n_seq_max": n_seq_max or config.n_seq_max}
-            fields = {name: getattr(config, name) for name in config.__struct_fields__} | sizes
-            changed = configure(**fields)
+            fields = {name: getattr(config, name) for name in config.__struct_fields__}
+            sizes = {"n_ctx": n_ctx, "n_seq_max": n_seq_max}
+            changed = configure(**fields | {name: size for name, size in sizes.items() if size is not None})
             self._session.resize(changed.n_ctx, changed.n_seq_max)
 
     def set_adapters(
@@ -380,10 +380,12 @@ class Decoder:
         except MemoryLostError:
             raise
         except CellDied as died:
-            self._reporter.add(case, died.incident, Rung.NATIVE, kept())
+            config, info = self._native.config, self._native.known
+            self._reporter.add(case, died.incident, Rung.NATIVE, kept(), config, info)
             outcome, problem = Outcome.CRASHED, str(died)
         except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
             outcome, problem = Outcome.REFUSED, str(refused)
+            case.rc = getattr(refused, "rc", None)
         case.step(Rung.NATIVE, outcome, _seq_ids(columns), problem, (time.perf_counter() - start) * 1000)
         return None
 
@@ -405,7 +407,7 @@ class Decoder:
         if case.blamed or self._descent is None:
             self._reporter.flush()  # an error that names a report comes after it
         if self._descent is None:
-            raise BatchError(note or case.steps[-1].detail, reports[0] if reports else None)
+            raise BatchError(note or case.steps[-1].detail, reports[0] if reports else None, case.rc)
         return Result(sequences, reports, note)
 
 

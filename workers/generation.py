@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, SequenceError
 from crumplezone.reports.schema import BatchRecord, Outcome
+from crumplezone.sandbox.cell import Cell
 from crumplezone.workers.calls import RefusedError
 from crumplezone.workers.incident import Case, Reporter
 from crumplezone.workers.protocol import Generated, Join, Progress
@@ -69,10 +70,9 @@ class Generation:
     ) -> None:
         self._native, self._descent, self._reporter = native, descent, reporter
         self._sampling = sampling
-        self._cells = [native, *([descent.runner] if descent else [])]  # those not yet refused, best first
-        self._refusal = ""
+        self._refusal = ""  # why no cell can be had
         self._running: dict[int, _Running] = {}
-        self._pid: int | None = None  # the cell that knows the running sequences
+        self._known_to: Cell | None = None  # the cell that has the running sequences
 
     def run(self, prompts: list[tuple[int, str]]) -> Generator[Completion, None, None]:
         """Yield completions as they finish."""
@@ -93,20 +93,17 @@ class Generation:
                     free.append(seq_id)
                     yield completion
 
-    def _cell(self) -> Runner:
-        """The native cell, or the safe one where no native one can be had: it may still run.
+    def _cell(self) -> Cell:
+        """The running cell.
 
         Raises:
-            CrumplezoneError: Neither can be had. A cell that was refused once is not asked for again.
+            CrumplezoneError: None can be had. What was refused once is not asked for again.
         """
-        while self._cells:
+        if not self._refusal:
             try:
-                self._cells[0].start()
+                return self._native.start()
             except CrumplezoneError as error:
                 self._refusal = str(error)
-                del self._cells[0]
-            else:
-                return self._cells[0]
         raise CrumplezoneError(self._refusal)
 
     def _admit(self, index: int, prompt: str) -> _Running | Completion:
@@ -115,10 +112,10 @@ class Generation:
 
         try:
             try:
-                tokens = self._cell().tokenize(prompt)
+                tokens = self._tokenize(prompt)
             except CellDied as died:  # perhaps of something older than this prompt: a new cell will tell
                 self._report_tokenizer(index, died, "the tokenizer was asked again in a new cell")
-                tokens = self._cell().tokenize(prompt)
+                tokens = self._tokenize(prompt)
             n_ctx_seq = self._native.info.n_ctx_seq
             if not 0 < len(tokens) < n_ctx_seq:
                 limit = f"the context holds {n_ctx_seq} tokens per sequence, one of them to generate"
@@ -134,8 +131,12 @@ class Generation:
             return failed(SequenceError(index, str(refused)))
         return _Running(index, prompt, tokens, min(self._sampling.max_tokens, n_ctx_seq - len(tokens)))
 
+    def _tokenize(self, prompt: str) -> npt.NDArray[np.int32]:
+        self._cell()
+        return self._native.tokenize(prompt)
+
     def _report_tokenizer(self, index: int, died: CellDied, result: str) -> str:
-        config, info = self._cells[0].config, self._native.info
+        config, info = self._native.config, self._native.info
         return self._reporter.file_lone(died.incident, "tokenize", result, config, info, [index])
 
     def _advance(self, joins: list[tuple[Join, npt.NDArray[np.int32]]]) -> Iterator[tuple[Completion, int]]:
@@ -153,12 +154,11 @@ class Generation:
                 yield running.done(progress.finished, Rung.NATIVE), progress.seq_id
 
     def _generate(self, joins: list[tuple[Join, npt.NDArray[np.int32]]]) -> Generated:
-        if self._cell() is not self._native:
-            raise CrumplezoneError(self._refusal)
-        reset = self._native.pid != self._pid
-        if reset:  # a new cell knows none of the running sequences; an old one, those of an earlier call
+        cell = self._cell()
+        reset = cell is not self._known_to
+        if reset:  # it has none of the running sequences, or those of something else
             joins = [running.join(seq_id, self._sampling) for seq_id, running in self._running.items()]
-            self._pid = self._native.pid
+            self._known_to = cell
         return self._native.generate(joins, STEPS, self._native.info.n_batch, reset=reset)
 
     def _descend(self, error: Exception, ms: float) -> Iterator[tuple[Completion, int]]:
@@ -168,11 +168,12 @@ class Generation:
         if isinstance(error, CellDied):
             joins = [running.join(seq_id, self._sampling) for seq_id, running in self._running.items()]
             batch = self._native.last_batch(self._native.info.n_batch, joins)
-            self._reporter.add(case, error.incident, Rung.NATIVE, batch)
+            config, info = self._native.config, self._native.known
+            self._reporter.add(case, error.incident, Rung.NATIVE, batch, config, info)
             case.step(Rung.NATIVE, Outcome.CRASHED, indices, str(error), ms)
         else:
             case.step(Rung.NATIVE, Outcome.REFUSED, indices, str(error), ms)
-            self._native.close()
+        self._known_to = None  # the safe rungs run in the same kind of cell, or in this very one
         finished = 0
         try:
             for seq_id, running in list(self._running.items()):

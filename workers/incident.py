@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ from crumplezone.errors import ReportError
 from crumplezone.reports import text
 from crumplezone.reports.redact import VARIABLES, redact, redaction_key
 from crumplezone.reports.retention import DEFAULT_RETENTION
-from crumplezone.reports.schema import BatchRecord, Environment, LadderStep, Outcome, Report
+from crumplezone.reports.schema import BatchRecord, Environment, LadderStep, Outcome, Report, Verdict
 from crumplezone.reports.signature import sign
 from crumplezone.reports.store import Store, new_id
 from crumplezone.reports.storm import Storm
-from crumplezone.reports.verdict import from_ladder
+from crumplezone.reports.verdict import from_exit, from_ladder
 from crumplezone.sandbox.cell import Incident
 from crumplezone.workers import model
 from crumplezone.workers.columns import Columns
@@ -32,17 +32,21 @@ from crumplezone.workers.journal import Journal
 from crumplezone.workers.protocol import CellConfig, CellInfo
 
 _PRUNE_EVERY = 64  # reports
+_GOES_ON = "the job goes on"
+_OF_THE_JOB = ("ladder", "result", "blamed", "verdict")
+_OF_THE_CELL = ("context", "model", "environment")
 
 _log = logging.getLogger("crumplezone")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Crash:
     id: str
     incident: Incident
     rung: str
     batch: BatchRecord | None
     config: CellConfig | None
+    info: CellInfo | None
     path: str
 
 
@@ -53,6 +57,8 @@ class Case:
     Attributes:
         blamed: Sequences that failed and were seen to crash alone.
         no_cell: Why no safe cell can be had, or an empty string.
+        rc: What llama.cpp returned on the native rung, if it did not crash there.
+        ended: It was handed over: nothing of it changes any more.
     """
 
     steps: list[LadderStep] = field(default_factory=list)
@@ -60,6 +66,8 @@ class Case:
     blamed: list[int] = field(default_factory=list)
     result: str = ""
     no_cell: str = ""
+    rc: int | None = None
+    ended: bool = False
 
     @property
     def reports(self) -> list[str]:
@@ -136,6 +144,9 @@ def environment(info: CellInfo | None) -> Environment:
 class Reporter:
     """Writes reports on a thread of its own, in order, signed and with the ladder's verdict.
 
+    A report is written as soon as its evidence is there, and again when its job has ended: who kills this
+    process meanwhile loses none.
+
     Args:
         directory: The report store.
         redacted: Whether to keep tokens, prompt text and paths out of the reports.
@@ -144,7 +155,7 @@ class Reporter:
     def __init__(self, directory: Path, *, redacted: bool = False) -> None:
         self.store = Store(directory)
         self._redacted = redacted
-        self._storm = Storm()
+        self._storm = Storm(self.store.has)
         self._written = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reporter")
         self._pending: list[Future[None]] = []
@@ -156,6 +167,7 @@ class Reporter:
         rung: str,
         batch: BatchRecord | None,
         config: CellConfig | None = None,
+        info: CellInfo | None = None,
     ) -> str:
         """Note a crash in a case; returns where its report will be.
 
@@ -165,10 +177,13 @@ class Reporter:
             rung: That crashed.
             batch: What it was decoding.
             config: Of the cell that crashed; None: the case's, as given to `file`.
+            info: Likewise.
         """
         report_id = new_id(incident.crashed_at)
         path = str(self.store.path(report_id))
-        case.crashes.append(_Crash(report_id, incident, rung, batch, config, path))
+        crash = _Crash(report_id, incident, rung, batch, config, info, path)
+        case.crashes.append(crash)
+        self._submit(logging.DEBUG, self._begin, crash, case)
         return path
 
     def file_lone(
@@ -183,17 +198,16 @@ class Reporter:
         """Report a crash outside any batch (loading, tokenising); returns where its report will be."""
         case = Case(result=result)
         case.step("native", Outcome.CRASHED, list(sequences), doing)
-        path = self.add(case, incident, "native", None)
+        path = self.add(case, incident, "native", None, config, info)
         self.file(case, config, info)
         return path
 
     def file(self, case: Case, config: CellConfig, info: CellInfo | None) -> None:
-        """Hand a finished case over to be written."""
-        self._pending = [future for future in self._pending if not future.done()]
-        self._pending += [
-            self._pool.submit(self._write, crash, case, crash.config or config, info)
-            for crash in case.crashes
-        ]
+        """Hand over a case that has ended."""
+        case.ended = True
+        for crash in case.crashes:
+            crash.config, crash.info = crash.config or config, crash.info or info
+            self._submit(logging.ERROR, self._end, crash, case)
 
     def flush(self) -> None:
         """Wait until every report handed over is on disk (or its failure was logged)."""
@@ -204,19 +218,47 @@ class Reporter:
         """Write what is left and end the thread."""
         self._pool.shutdown(wait=True)
 
-    def _write(self, crash: _Crash, case: Case, config: CellConfig, info: CellInfo | None) -> None:
-        try:
-            report = self._storm.admit(self._finish(_compose(crash, case, config, info)))
-            path = self.store.write(report, text.render(report))
-            _log.warning("%s Report: %s", text.summary(report), path)
-            if self._written % _PRUNE_EVERY == 0:
-                self._prune()
-            self._written += 1
-        except Exception as error:  # noqa: BLE001 - a report that fails must not fail the job
-            _log.error("the report of crash %s could not be written: %s", crash.id, error)
+    def _submit(self, level: int, write: Callable[[_Crash, Case], None], crash: _Crash, case: Case) -> None:
+        def run() -> None:
+            try:
+                write(crash, case)
+            except Exception as error:  # noqa: BLE001 - a report that fails must not fail the job
+                _log.log(level, "the report of crash %s could not be written: %s", crash.id, error)
 
-    def _finish(self, report: Report) -> Report:
-        report = msgspec.structs.replace(report, signature=sign(report), verdict=from_ladder(report))
+        self._pending = [future for future in self._pending if not future.done()]
+        self._pending.append(self._pool.submit(run))
+
+    def _begin(self, crash: _Crash, case: Case) -> None:
+        crash.incident.evidence.result()
+        if not case.ended:  # else all of it is written at once
+            report = _compose(crash, Case(steps=list(case.steps), result=_GOES_ON))
+            self._write(self._finish(report, from_exit(report)))
+
+    def _end(self, crash: _Crash, case: Case) -> None:
+        report = _compose(crash, case)
+        report = self._finish(report, from_ladder(report))
+        report = self._update(report) if self.store.has(crash.id) else self._write(report)
+        _log.warning("%s Report: %s", text.summary(report), crash.path)
+
+    def _write(self, report: Report) -> Report:
+        report = self._storm.admit(report)
+        self.store.write(report, text.render(report))
+        self._storm.count(report)
+        if self._written % _PRUNE_EVERY == 0:
+            self._prune()
+        self._written += 1
+        return report
+
+    def _update(self, report: Report) -> Report:
+        """Add what the rest of the job has shown to a report that is written."""
+        known = self.store.read(report.id)
+        fields = _OF_THE_JOB if known.same_as else _OF_THE_JOB + _OF_THE_CELL
+        report = msgspec.structs.replace(known, **{name: getattr(report, name) for name in fields})
+        self.store.update(report)
+        return report
+
+    def _finish(self, report: Report, verdict: Verdict | None) -> Report:
+        report = msgspec.structs.replace(report, signature=sign(report), verdict=verdict)
         return redact(report, redaction_key(self.store.directory)) if self._redacted else report
 
     def _prune(self) -> None:
@@ -226,8 +268,11 @@ class Reporter:
             _log.debug("the store was not pruned: %s", error)
 
 
-def _compose(crash: _Crash, case: Case, config: CellConfig, info: CellInfo | None) -> Report:
-    context = {name: getattr(config, name) for name in config.__struct_fields__ if name != "model"}
+def _compose(crash: _Crash, case: Case) -> Report:
+    config, info, context = crash.config, crash.info, {}
+    if config:
+        context = {name: getattr(config, name) for name in config.__struct_fields__ if name != "model"}
+        context["kv_unified"] = False
     return Report(
         id=crash.id,
         crashed_at=crash.incident.crashed_at.isoformat(),
@@ -235,8 +280,8 @@ def _compose(crash: _Crash, case: Case, config: CellConfig, info: CellInfo | Non
         evidence=crash.incident.evidence.result(),
         rung=crash.rung,
         batch=crash.batch,
-        context=context | {"kv_unified": False},
-        model=model.describe(config.model, info.description if info else ""),
+        context=context,
+        model=model.describe(config.model, info.description if info else "") if config else None,
         environment=environment(info),
         ladder=case.steps,
         result=case.result,

@@ -143,24 +143,26 @@ class Journal:
 
         Nothing depends on a tail but what was copied from it, or moved.
         """
+        left = int((self.positions(seq_id) >= begin).sum())
         for place in range(len(self._operations) - 1, -1, -1):
             operation = self._operations[place]
             if not isinstance(operation, Decoded):
                 if seq_id in _touched(operation):
-                    return False
+                    break
                 continue
             columns = operation.columns
             mine = columns.rows_of(seq_id)
             tail = mine[columns.positions[mine] >= begin]
             if (columns.n_seq_id[tail] > 1).any():
-                return False
+                break
             if len(tail):
                 rest = columns.take(np.setdiff1d(np.arange(len(columns)), tail))
                 self._operations[place] = Decoded(rest)
+                left -= len(tail)
             if len(tail) < len(mine):  # and what came before is older still
                 break
         self._operations = [op for op in self._operations if not isinstance(op, Decoded) or len(op.columns)]
-        return True
+        return left <= 0
 
 
 def _follow(operation: Operation, held: dict[int, Int32]) -> None:

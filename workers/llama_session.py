@@ -319,7 +319,8 @@ class Session:
         context = self._context()
         crashed = task.case
         rung = "token" if self._careful else "native"
-        path = self._reporter.add(crashed, died.incident, rung, task.batch(context.n_batch), context)
+        known = self.info.cell if self.info else None
+        path = self._reporter.add(crashed, died.incident, rung, task.batch(context.n_batch), context, known)
         task.reports.append(path)
         crashed.step(rung, Outcome.CRASHED, [0], f"{task.method}: {died}")
         if task.stage == "grammar":

@@ -121,6 +121,7 @@ class LlamaCell:
         self._info = self._describe()
         self._engine = Engine(self)
         self._adapters = native_memory.Adapters(self.model)
+        self._unsettled = False  # copies and shifts that llama.cpp has noted down, but not done
 
     def info(self) -> CellInfo:
         """Facts of the loaded model."""
@@ -137,12 +138,14 @@ class LlamaCell:
                 return self._generate(request)
             case MemoryOperation():
                 with self.recorder.phase(request.name, request.seq_id):
+                    self._unsettled |= request.name in ("copy", "shift")
                     return self._remembered(native_memory.operate(self.memory, request))
             case Save():
                 return Saved(self._save(request.seq_id))
             case Load():
+                self._settle()
                 (state,) = self._arena.arrays([("u1", request.size)])
-                return self._remembered(native_memory.load(self.context, request.seq_id, state))
+                return self._remembered(native_memory.load(self.context, self.memory, request.seq_id, state))
             case Resize():
                 self._resize(request)
                 return self._info
@@ -248,7 +251,9 @@ class LlamaCell:
         batch.logits = at("logits", outputs, _INT8)
         what, call = ("encode", C.llama_encode) if encode else ("decode", C.llama_decode)
         with self.recorder.phase(what, end - begin):
-            return int(call(self.context, batch))
+            rc = int(call(self.context, batch))
+        self._unsettled &= bool(rc) or encode
+        return rc
 
     def _decode(self, request: Decode) -> Decoded:
         with self.recorder.phase("build", request.n_tokens):
@@ -284,7 +289,27 @@ class LlamaCell:
     def _remembered(self, done: bool) -> Remembered:
         return Remembered(done, native_memory.spans(self.memory, range(self.config.n_seq_max)))
 
+    def _settle(self) -> None:
+        """Have copies and shifts done that were only noted down.
+
+        llama.cpp does so at the next decode (llama_kv_cache::update). A state that is saved before that lacks
+        them; one that is loaded is then overwritten by them. So decode a token, and remove it again.
+        """
+        if not self._unsettled:
+            return
+        ends = [C.llama_memory_seq_pos_max(self.memory, seq_id) for seq_id in range(self.config.n_seq_max)]
+        seq_id = ends.index(min(ends))
+        begin = ends[seq_id] + 1
+        if begin and self._info.recurrent:  # of such a sequence, no single token can be removed
+            raise RuntimeError("a state after a copy needs a sequence that is empty: remove one first")
+        values = (0, begin, seq_id, 0, 1, 0)
+        one = [np.full(1, value, kind) for value, (kind, _) in zip(values, batch_shapes(1), strict=True)]
+        self.run(one, 0, 1)  # 1, no room for it, is as good: what was noted down is done before
+        C.llama_memory_seq_rm(self.memory, seq_id, begin, -1)
+        self._unsettled = False
+
     def _save(self, seq_id: int) -> int:
+        self._settle()
         size = int(C.llama_state_seq_get_size(self.context, seq_id))
         if size > self._arena.room:  # to be asked again, with more
             return size
@@ -298,13 +323,11 @@ class LlamaCell:
         self.memory = C.llama_get_memory(self.context)
         self._info = self._describe()
         self._engine = Engine(self)
+        self._unsettled = False
 
     def _adapt(self, request: Adapt) -> None:
         (vector,) = self._arena.arrays([("f4", request.n_floats)])
-        self._adapters.lora(self.context, request.paths, request.scales)
-        self._adapters.control(
-            self.context, vector, self._info.n_embd, request.first_layer, request.last_layer
-        )
+        self._adapters.use(self.context, request, vector, self._info.n_embd)
 
     def _copy(self, get: Any, index: int, into: npt.NDArray[Any], row: int, width: int) -> None:
         if not len(into):

@@ -14,7 +14,7 @@ import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.workers.protocol import MemoryOperation, Span
+from crumplezone.workers.protocol import Adapt, MemoryOperation, Span
 
 
 class AdapterError(Exception):
@@ -43,8 +43,6 @@ def operate(memory: Any, request: MemoryOperation) -> bool:
             return bool(C.llama_memory_seq_rm(memory, seq_id, begin, end))
         case "copy":
             C.llama_memory_seq_cp(memory, seq_id, request.target, begin, end)
-        case "keep":
-            C.llama_memory_seq_keep(memory, seq_id)
         case "shift":
             if not C.llama_memory_can_shift(memory):
                 return False
@@ -58,10 +56,14 @@ def save(context: Any, seq_id: int, into: npt.NDArray[np.uint8]) -> int:
     return int(C.llama_state_seq_get_data(context, pointer, len(into), seq_id))
 
 
-def load(context: Any, seq_id: int, state: npt.NDArray[np.uint8]) -> bool:
-    """Replace a sequence by a saved state; False if llama.cpp did not take all of it."""
+def load(context: Any, memory: Any, seq_id: int, state: npt.NDArray[np.uint8]) -> bool:
+    """Replace a sequence by a saved state; False if llama.cpp did not take all of it: then it is empty."""
     pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    return int(C.llama_state_seq_set_data(context, pointer, len(state), seq_id)) == len(state)
+    C.llama_memory_seq_rm(memory, seq_id, -1, -1)  # the state of an empty sequence would leave it as it is
+    done = int(C.llama_state_seq_set_data(context, pointer, len(state), seq_id)) == len(state)
+    if not done:  # a part may have arrived
+        C.llama_memory_seq_rm(memory, seq_id, -1, -1)
+    return done
 
 
 class Adapters:
@@ -75,30 +77,27 @@ class Adapters:
         self._model = model
         self._loaded: dict[str, Any] = {}
 
-    def lora(self, context: Any, paths: list[str], scales: list[float]) -> None:
-        """Make these the adapters of a context, in the place of those it had.
+    def use(self, context: Any, request: Adapt, vector: npt.NDArray[np.float32], n_embd: int) -> None:
+        """Make these the adapters and the control vector of a context, in the place of those it had.
 
         Raises:
-            AdapterError: A file is no adapter of this model. (Left unnoticed, the first decode would crash.)
+            AdapterError: llama.cpp refused one; nothing is changed. (A LoRA file left unnoticed would crash
+                the first decode.)
         """
-        for path in paths:
-            if path not in self._loaded:
-                adapter = C.llama_adapter_lora_init(self._model, path.encode())
-                if not adapter:
-                    raise AdapterError(f"{path} is not a LoRA adapter of this model")
-                self._loaded[path] = adapter
-        pointers = (C.llama_adapter_lora_p_ctypes * len(paths))(*(self._loaded[path] for path in paths))
-        if C.llama_set_adapters_lora(context, pointers, len(paths), (ctypes.c_float * len(scales))(*scales)):
+        adapters = [self._load(path) for path in request.paths]
+        data = vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) if len(vector) else None
+        layers = request.first_layer, request.last_layer
+        if C.llama_set_adapter_cvec(context, data, len(vector), n_embd, *layers):
+            raise AdapterError("llama.cpp refused the control vector")
+        pointers = (C.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
+        scales = (ctypes.c_float * len(adapters))(*request.scales)
+        if C.llama_set_adapters_lora(context, pointers, len(adapters), scales):
             raise AdapterError("llama.cpp refused the adapters")
 
-    def control(
-        self, context: Any, vector: npt.NDArray[np.float32], n_embd: int, first: int, last: int
-    ) -> None:
-        """Add a control vector to the layers ``first`` to ``last``; an empty one removes it.
-
-        Raises:
-            AdapterError: llama.cpp refused it.
-        """
-        data = vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) if len(vector) else None
-        if C.llama_set_adapter_cvec(context, data, len(vector), n_embd, first, last):
-            raise AdapterError("llama.cpp refused the control vector")
+    def _load(self, path: str) -> Any:
+        if path not in self._loaded:
+            adapter = C.llama_adapter_lora_init(self._model, path.encode())
+            if not adapter:
+                raise AdapterError(f"{path} is not a LoRA adapter of this model")
+            self._loaded[path] = adapter
+        return self._loaded[path]

@@ -79,9 +79,9 @@ class Decoded(msgspec.Struct, frozen=True):
 
 
 class MemoryOperation(msgspec.Struct, tag="memory", frozen=True):
-    """One operation on the memory; names and meanings are those of ``llama_memory_*``."""
+    """One operation on the memory, as ``llama_memory_*``."""
 
-    name: Literal["clear", "remove", "copy", "keep", "shift"]
+    name: Literal["clear", "remove", "copy", "shift"]
     seq_id: int = 0
     begin: int = -1
     end: int = -1

@@ -53,25 +53,26 @@ class Descent:
         if no_cell := self._no_cell(case):
             case.step(Rung.SAFE, Outcome.REFUSED, [seq_id], no_cell)
             return None, Rung.SAFE, SequenceError(seq_id, no_cell)
-        problem, report = "", None
+        problem, report, rc = "", None, None
         for rung, chunk in ((Rung.SAFE, self.runner.n_batch), (Rung.TOKEN, 1)):
             start = time.perf_counter()
             try:
                 done = work(self.runner, chunk)
             except CellDied as died:
-                report = self._reporter.add(case, died.incident, rung, batch(chunk), self.runner.config)
-                problem, outcome = str(died), Outcome.CRASHED
+                config, info = self.runner.config, self.runner.known
+                report = self._reporter.add(case, died.incident, rung, batch(chunk), config, info)
+                problem, outcome, rc = str(died), Outcome.CRASHED, None
             except MemoryLostError:  # there is nothing left to append to
                 raise
-            except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no second cell could be had
-                problem, outcome = str(refused), Outcome.REFUSED
+            except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
+                problem, outcome, rc = str(refused), Outcome.REFUSED, getattr(refused, "rc", None)
             else:
                 case.step(rung, Outcome.OK, [seq_id], ms=(time.perf_counter() - start) * 1000)
                 return done, rung, None
             case.step(rung, outcome, [seq_id], problem, (time.perf_counter() - start) * 1000)
         if report:
             case.blamed.append(seq_id)
-        return None, Rung.TOKEN, SequenceError(seq_id, problem, report)
+        return None, Rung.TOKEN, SequenceError(seq_id, problem, report, rc)
 
     def _no_cell(self, case: Case) -> str:
         """Why no safe cell can be had, or an empty string. A job that was refused one asks no more."""

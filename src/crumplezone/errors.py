@@ -99,12 +99,13 @@ class SequenceError(CrumplezoneError):
     Attributes:
         seq_id: The sequence (for `Decoder.generate`, the prompt's index).
         report: Directory of the crash report, if it crashed.
+        rc: What llama.cpp returned, if that was how the last rung failed.
     """
 
-    def __init__(self, seq_id: int, problem: str, report: str | None = None) -> None:
+    def __init__(self, seq_id: int, problem: str, report: str | None = None, rc: int | None = None) -> None:
         where = f"; report: {report}" if report else ""
         super().__init__(f"sequence {seq_id} failed alone: {problem}{where}")
-        self.seq_id, self.report = seq_id, report
+        self.seq_id, self.report, self.rc = seq_id, report, rc
 
 
 class BatchError(CrumplezoneError):
@@ -112,14 +113,15 @@ class BatchError(CrumplezoneError):
 
     Attributes:
         report: Directory of the crash report, if it crashed.
+        rc: What llama.cpp returned, if it did not crash.
     """
 
-    def __init__(self, problem: str, report: str | None = None) -> None:
+    def __init__(self, problem: str, report: str | None = None, rc: int | None = None) -> None:
         where = f"; report: {report}" if report else ""
         super().__init__(
             f"native batch failed: {problem}{where}. Pass safe_fallback=True to get the results."
         )
-        self.report = report
+        self.report, self.rc = report, rc
 
 
 class MemoryLostError(CrumplezoneError):

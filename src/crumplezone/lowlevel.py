@@ -2,12 +2,11 @@
 
 Code that calls ``llama_cpp.llama_decode(ctx, batch)`` runs here with a `Decoder` for its context:
 
-    from crumplezone import Decoder
-    from crumplezone.lowlevel import llama_batch_get_one, llama_decode, llama_get_logits_ith
+    from crumplezone import Decoder, lowlevel as llama_cpp
 
 A crash is not one any more: the batch is decoded sequence by sequence, and the return code is that of
-success. A sequence that crashes alone makes it -3, and the others have their results. (llama.cpp 0c1e57098,
-include/llama.h)
+success. A sequence that crashes alone makes it -3, and the others have their results. As there, a context is
+for one thread. docs/decoder.md has what is different. (llama.cpp 0c1e57098, include/llama.h)
 """
 
 from __future__ import annotations
@@ -15,22 +14,32 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import BatchFullError, CrumplezoneError, InputError, SequenceIdError, TokenError
+from crumplezone.errors import (
+    BatchFullError,
+    CrumplezoneError,
+    InputError,
+    SequenceIdError,
+    TokenError,
+    check_integer,
+)
 from crumplezone.workers.batch import Batch
-from crumplezone.workers.columns import Columns
+from crumplezone.workers.columns import LLAMA_MAX_SEQ, Columns
 from crumplezone.workers.decoder import Decoder
-from crumplezone.workers.foreign import read_llama_batch
+from crumplezone.workers.foreign import MAX_TOKENS, read_llama_batch
 from crumplezone.workers.memory import Memory
 from crumplezone.workers.results import Result
 
 LLAMA_PROCESS_TYPE_ENCODE, LLAMA_PROCESS_TYPE_DECODE = 0, 1
+LLAMA_TOKEN_NULL = -1
+
+llama_token = llama_pos = llama_seq_id = ctypes.c_int32
 
 _log = logging.getLogger("crumplezone")
 _INT32 = ctypes.POINTER(ctypes.c_int32)
@@ -65,21 +74,34 @@ _last: weakref.WeakKeyDictionary[Decoder, _Last] = weakref.WeakKeyDictionary()
 
 def llama_batch_init(n_tokens: int, embd: int, n_seq_max: int) -> llama_batch:
     """A batch with room for so many tokens. Unlike llama.cpp's it is all zero, and frees itself."""
+    check_integer("n_tokens", n_tokens, 1, MAX_TOKENS)
+    check_integer("embd", embd, 0, 2**16)
+    check_integer("n_seq_max", n_seq_max, 1, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
     batch = llama_batch()
     batch.token = None if embd else (ctypes.c_int32 * n_tokens)()
     batch.embd = (ctypes.c_float * (n_tokens * embd))() if embd else None
     batch.pos, batch.n_seq_id = (ctypes.c_int32 * n_tokens)(), (ctypes.c_int32 * n_tokens)()
     rows = ((ctypes.c_int32 * n_seq_max) * n_tokens)()
     batch.seq_id = (_INT32 * n_tokens)(*(ctypes.cast(row, _INT32) for row in rows))
-    batch.rows = rows  # keeps them alive
+    batch.rows = rows  # ctypes does not keep alive what the pointers of an array point to
     batch.logits = (ctypes.c_int8 * n_tokens)()
     return batch
 
 
-def llama_batch_get_one(tokens: Sequence[int], n_tokens: int) -> llama_batch:
-    """A batch of one sequence, 0, that goes on where that ends; a row for its last token."""
+def llama_batch_get_one(tokens: Any, n_tokens: int) -> llama_batch:
+    """A batch of one sequence, 0, that goes on where that ends; a row for its last token.
+
+    Args:
+        tokens: A ctypes array of, or a pointer to, ``llama_token``, which the batch refers to; or a sequence
+            of integers, which it copies.
+        n_tokens: How many of them.
+    """
+    if isinstance(tokens, Sequence | np.ndarray):
+        tokens = (ctypes.c_int32 * len(tokens))(*tokens)
+    if isinstance(tokens, ctypes.Array):
+        check_integer("n_tokens", n_tokens, 0, len(tokens), ", the length of tokens")
     batch = llama_batch(n_tokens=n_tokens)
-    batch.token = (ctypes.c_int32 * n_tokens)(*tokens[:n_tokens])
+    batch.token = tokens
     return batch
 
 
@@ -88,12 +110,18 @@ def llama_batch_free(batch: llama_batch) -> None:
 
 
 def llama_decode(ctx: Decoder, batch: object) -> int:
-    """Decode a batch: 0 done, 1 no memory slot, -1 invalid batch, -3 a sequence crashes alone."""
+    """Decode a batch: 0 done, 1 no memory slot, -1 invalid batch, -3 a sequence crashes alone.
+
+    1 and -1 leave the memory as it was.
+    """
     return _run(ctx, batch, encode=False)
 
 
 def llama_encode(ctx: Decoder, batch: object) -> int:
-    """Encode a batch. Without an encoder, where llama.cpp dies, every sequence is decoded."""
+    """Encode a batch. Without an encoder, where llama.cpp dies, every sequence is decoded.
+
+    Either way the memory is neither used nor changed.
+    """
     return _run(ctx, batch, encode=True)
 
 
@@ -124,7 +152,7 @@ def llama_batch_ext_add_token(batch: Batch, seq_id: int, id: int) -> int:  # noq
     Without `llama_batch_ext_set_pos` it goes on where its sequence ends.
     """
     try:
-        return batch.add_token(seq_id, id)
+        return -2 if id == LLAMA_TOKEN_NULL else batch.add_token(seq_id, id)
     except BatchFullError:
         return -1
     except TokenError:
@@ -138,9 +166,14 @@ def llama_batch_ext_add_seq(batch: Batch, idx: int, seq_id: int) -> bool:
     return _done(batch.add_seq, idx, seq_id)
 
 
-def llama_batch_ext_set_pos(batch: Batch, idx: int, pos: int) -> bool:
-    """Set the position of a token."""
-    return _done(batch.set_pos, idx, pos)
+def llama_batch_ext_set_pos(batch: Batch, idx: int, pos: Any) -> bool:
+    """Set the position of a token: ``pos`` points to a ``llama_pos``, as ``ctypes.byref(llama_pos(7))``."""
+    if isinstance(pos, int):
+        raise InputError("pos", pos, f"must point to it: ctypes.byref(llama_pos({pos}))")
+    # Read as every pointer of a caller is: by the kernel.
+    pointer = ctypes.cast(pos, _INT32)
+    read = read_llama_batch(llama_batch(n_tokens=1, token=pointer), n_embd=0).tokens
+    return read is not None and _done(batch.set_pos, idx, int(read[0]))
 
 
 def llama_batch_ext_set_output_logits(batch: Batch, idx: int, value: bool) -> bool:
@@ -152,7 +185,7 @@ llama_batch_ext_set_output_embd = llama_batch_ext_set_output_logits  # as in lla
 
 
 def llama_set_embeddings(ctx: Decoder, embeddings: bool) -> None:
-    """Whether the next calls give hidden states too."""
+    """Whether the next calls give hidden states too: then every token is an output."""
     _of(ctx).embeddings = bool(embeddings)
 
 
@@ -171,10 +204,12 @@ def llama_get_embeddings_ith(ctx: Decoder, i: int) -> _Row | None:
 
 def llama_get_logits(ctx: Decoder) -> npt.NDArray[np.float32]:
     """Logits of every output of the last batch, in its order: float32, shape (n_outputs, n_vocab)."""
-    columns = _of(ctx).columns
-    outputs = [] if columns is None else np.flatnonzero(columns.outputs).tolist()
-    rows = [row for i in outputs if (row := _row(ctx, i, "logits")) is not None]
-    return np.array(rows, np.float32).reshape(len(rows), ctx.info.n_vocab)
+    return _rows(ctx, "logits", ctx.info.n_vocab)
+
+
+def llama_get_embeddings(ctx: Decoder) -> npt.NDArray[np.float32]:
+    """Hidden states of every output of the last batch, in its order: float32, shape (n_outputs, n_embd)."""
+    return _rows(ctx, "embeddings", ctx.info.n_embd)
 
 
 def llama_get_memory(ctx: Decoder) -> Memory:
@@ -188,15 +223,18 @@ def llama_memory_clear(mem: Memory, data: bool) -> None:  # noqa: ARG001 - as in
 
 
 def llama_memory_seq_rm(mem: Memory, seq_id: int, p0: int, p1: int) -> bool:
-    """Remove positions of a sequence; False if this memory cannot."""
-    return mem.remove(seq_id, p0, p1)
+    """Remove positions of a sequence, a negative one: of all; False if this memory cannot."""
+    seq_ids = range(len(mem.next_positions)) if seq_id < 0 else [seq_id]
+    done = [mem.remove(each, max(p0, -1), max(p1, -1)) for each in seq_ids]
+    return all(done)
 
 
 def llama_memory_seq_cp(mem: Memory, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
     """Copy a whole sequence; copies of a part abort llama.cpp where each sequence has a stream."""
     if p0 > 0 or (0 <= p1 <= mem.pos_max(seq_id_src)):
         raise InputError("p0, p1", (p0, p1), "must be -1, -1: llama.cpp copies whole sequences only")
-    mem.copy(seq_id_src, seq_id_dst)
+    if seq_id_src != seq_id_dst:
+        mem.copy(seq_id_src, seq_id_dst)
 
 
 def llama_memory_seq_keep(mem: Memory, seq_id: int) -> None:
@@ -205,8 +243,13 @@ def llama_memory_seq_keep(mem: Memory, seq_id: int) -> None:
 
 
 def llama_memory_seq_add(mem: Memory, seq_id: int, p0: int, p1: int, delta: int) -> None:
-    """Move positions of a sequence."""
-    mem.shift(seq_id, p0, p1, delta)
+    """Move positions of a sequence.
+
+    Raises:
+        InputError: This memory cannot (llama.cpp aborts, or goes on with wrong positions).
+    """
+    if not mem.shift(seq_id, max(p0, -1), max(p1, -1), delta):
+        raise InputError("memory", "recurrent or none", "cannot move positions")
 
 
 def llama_memory_seq_pos_min(mem: Memory, seq_id: int) -> int:
@@ -223,7 +266,7 @@ def _of(ctx: Decoder) -> _Last:
     return _last.setdefault(ctx, _Last())
 
 
-def _done(work: Any, *arguments: Any) -> bool:
+def _done(work: Callable[..., None], *arguments: Any) -> bool:
     try:
         work(*arguments)
     except InputError:
@@ -233,19 +276,18 @@ def _done(work: Any, *arguments: Any) -> bool:
 
 def _run(ctx: Decoder, batch: object, *, encode: bool) -> int:
     last = _of(ctx)
-    follows = ctx.memory.next_positions
+    last.columns, last.result = None, None  # llama.cpp goes on showing the rows of the call before
     try:
-        if isinstance(batch, Batch):
-            columns = batch.columns(follows)
-        else:
-            columns = read_llama_batch(
-                batch, n_embd=ctx.info.n_embd_inp, next_positions=follows, level="native"
-            )
+        columns = _columns(ctx, batch, encode=encode)
+        if encode or last.embeddings:
+            columns = replace(columns, outputs=np.ones(len(columns), np.bool_))
         if encode:
             result = ctx.encode(columns)
-            columns = replace(columns, outputs=np.ones(len(columns), np.bool_))
         else:
             result = ctx.decode(columns, embeddings=last.embeddings, level="native")
+        rc = min((_code(error) for error in result.errors.values()), default=0)
+        if rc in (1, -1):
+            return rc if _take_back(ctx, columns, result) else -3
     except InputError as error:
         _log.warning("invalid batch: %s", error)
         return -1
@@ -253,7 +295,30 @@ def _run(ctx: Decoder, batch: object, *, encode: bool) -> int:
         _log.warning("%s", error)
         return _code(error)
     last.columns, last.result = columns, result
-    return min((_code(error) for error in result.errors.values()), default=0)
+    return rc
+
+
+def _columns(ctx: Decoder, batch: object, *, encode: bool) -> Columns:
+    follows = None if encode else ctx.memory.next_positions
+    if isinstance(batch, Batch):
+        columns = batch.columns(follows)
+    else:
+        columns = read_llama_batch(batch, n_embd=ctx.info.n_embd_inp, next_positions=follows, level="native")
+    if (columns.n_seq_id < 1).any():
+        # llama.cpp dies if no token has a sequence; if only some have none, nobody can remove them.
+        i = int(np.argmin(columns.n_seq_id))
+        raise SequenceIdError(f"n_seq_id[{i}]", int(columns.n_seq_id[i]), "must be at least 1")
+    return columns
+
+
+def _take_back(ctx: Decoder, columns: Columns, result: Result) -> bool:
+    """Remove what the safe rungs appended before a sequence was refused; False if this memory cannot."""
+    done = [
+        ctx.memory.remove(seq_id, int(columns.positions[columns.rows_of(seq_id)].min()))
+        for seq_id in result.seq_ids
+        if seq_id not in result.errors
+    ]
+    return all(done)
 
 
 def _code(error: CrumplezoneError) -> int:
@@ -278,3 +343,10 @@ def _row(ctx: Decoder, i: int, what: str) -> _Row | None:
     except CrumplezoneError:
         return None
     return row
+
+
+def _rows(ctx: Decoder, what: str, width: int) -> npt.NDArray[np.float32]:
+    columns = _of(ctx).columns
+    outputs = [] if columns is None else np.flatnonzero(columns.outputs).tolist()
+    rows = [row for i in outputs if (row := _row(ctx, i, what)) is not None]
+    return np.array(rows, np.float32).reshape(len(rows), width)

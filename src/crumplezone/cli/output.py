@@ -91,8 +91,7 @@ def print_json(value: Any) -> None:
 
 def print_lines(rows: Iterable[Sequence[str]]) -> None:
     """Print tab-separated lines. The cells must be safe to print."""
-    for row in rows:
-        typer.echo("\t".join(row))
+    typer.echo("\n".join("\t".join(row) for row in rows))  # in one piece: ten thousand calls take their time
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], spare: int) -> None:
@@ -113,12 +112,15 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], spare: in
         spare -= 1
     while _total(widths) > width and max(widths[1:]) > _LEAST:
         widths[widths.index(max(widths[1:]), 1)] -= 1
-    for row in table:
-        columns = [_fold(cell, room) for cell, room in zip(row, widths, strict=False)]
-        for n in range(max(map(len, columns))):
-            cells = [lines[n] if n < len(lines) else "" for lines in columns]
-            line = _GAP.join(cell.ljust(room) for cell, room in zip(cells, widths, strict=True))
-            typer.echo(line.rstrip())
+    typer.echo("\n".join(line for row in table for line in _lines(row, widths)))
+
+
+def _lines(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """One row of a table, of as many lines as its highest cell."""
+    columns = [_fold(cell, room) for cell, room in zip(row, widths, strict=False)]
+    for n in range(max(map(len, columns))):
+        cells = [lines[n] if n < len(lines) else "" for lines in columns]
+        yield _GAP.join(cell.ljust(room) for cell, room in zip(cells, widths, strict=True)).rstrip()
 
 
 def _total(widths: Sequence[int]) -> int:
