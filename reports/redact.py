@@ -245,7 +245,7 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
     schema.Generating: _fields(keep="seq_id max_tokens temperature seed", tokens="tokens"),
     schema.Held: _fields(keep="seq_id positions", tokens="tokens"),
     schema.BatchRecord: _fields(
-        keep="positions seq_ids outputs operation chunk embeddings shared nulls n_embd cut held_more",
+        keep="positions seq_ids outputs operation chunk embeddings shared nulls n_embd cut passes held_more",
         tokens="tokens",
         structs="generating held",
     ),

@@ -191,6 +191,7 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     n_embd: int = 0  # the batch had vectors of this size instead of tokens; they are not kept
     held: list[Held] = []  # what the memory held before, if it was made of plain tokens
     cut: int = 0  # tokens left out of the middle, as the report would have been too large
+    passes: list[int] = []  # tokens of each compute pass ("ubatch") that llama.cpp cuts it into
     held_more: bool = False  # it held something else too: copies, shifts, saved states, vectors
 
 

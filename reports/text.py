@@ -278,7 +278,8 @@ def _batch(report: Report) -> list[str]:
         span = f"positions {min(positions)}..{max(positions)}"
         tokens = _edges([token for token, _, _ in rows])
         lines.append(f"sequence {seq_id}: n={len(rows)}, {span}, outputs {wanted}, tokens {tokens}")
-    return lines + _more(_MAX_SEQUENCES, len(sequences))
+    lines += _more(_MAX_SEQUENCES, len(sequences))
+    return lines + _pairs([("tokens per compute pass", _edges(batch.passes))])
 
 
 def _ladder(report: Report) -> list[str]:

@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,26 +14,18 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import (
-    BatchError,
-    CellDied,
-    CrumplezoneError,
-    InputError,
-    MemoryLostError,
-    UsageError,
-    check_integer,
-)
-from crumplezone.reports.schema import BatchRecord, Outcome
+from crumplezone.errors import CellDied, InputError, UsageError, check_integer
 from crumplezone.reports.store import default_directory
 from crumplezone.workers.batch import Batch
-from crumplezone.workers.calls import Adapters, Ask, Limits, RefusedError, Rows
+from crumplezone.workers.calls import Adapters, Ask, Limits
 from crumplezone.workers.columns import Columns
 from crumplezone.workers.foreign import read_llama_batch
 from crumplezone.workers.generation import Generation
-from crumplezone.workers.incident import Case, Reporter, record
+from crumplezone.workers.incident import Reporter
+from crumplezone.workers.ladder import Ladder
 from crumplezone.workers.memory import Memory
 from crumplezone.workers.protocol import CellInfo
-from crumplezone.workers.results import Completion, Result, Rung, Sampling, SequenceResult, share_out
+from crumplezone.workers.results import Completion, Result, Sampling
 from crumplezone.workers.runner import Runner
 from crumplezone.workers.safe import Descent
 from crumplezone.workers.session import Session
@@ -104,11 +95,11 @@ class Decoder:
         self._busy_thread = 0
         self._closed = False
         self._running: Generator[Completion, None, None] | None = None
-        self._preflight_on = preflight
         self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
         self._native = Runner(config, limits, self._reporter)
         self._session = Session(self._native, self._reporter, checkpoint_every)
         self._descent = Descent(self._native, self._reporter) if safe_fallback else None
+        self._ladder = Ladder(self._session, self._descent, self._reporter, preflight=preflight)
         self._native.start()
 
     @property
@@ -166,7 +157,7 @@ class Decoder:
             held = Held(self._session.pos_min, self._session.pos_max)
             room = capacity(self._native.info, self._native.config, embeddings=embeddings)
             validate(columns, room, held, level)
-            return self._decode(columns, Ask(embeddings=embeddings))
+            return self._ladder.decode(columns, Ask(embeddings=embeddings))
 
     def encode(self, batch: Batch | Columns) -> Result:
         """Hidden states of every token of a batch, from `llama_encode` if the model has an encoder.
@@ -185,7 +176,7 @@ class Decoder:
             columns = dataclasses.replace(columns, outputs=np.ones(len(columns), np.bool_))
             room = capacity(info, config, embeddings=True)
             validate(columns, room, Held.empty(config.n_seq_max), encode=info.has_encoder)
-            return self._encode(columns, Ask(logits=False, embeddings=True, encode=True))
+            return self._ladder.encode(columns, Ask(logits=False, embeddings=True, encode=True))
 
     def resize(self, *, n_ctx: int | None = None, n_seq_max: int | None = None) -> None:
         """Change the context without loading the model again. What the memory holds goes over.
@@ -329,91 +320,6 @@ class Decoder:
             batch, n_embd=self._native.info.n_embd_inp, next_positions=follows, level=level
         )
 
-    def _decode(self, columns: Columns, ask: Ask) -> Result:
-        case, journal = Case(), self._session.journal
-        n_batch = self._native.info.n_batch
-        note = ""
-        if self._preflight_on and len(columns) > n_batch:
-            note = f"the batch has {len(columns)} tokens, n_batch is {n_batch}: GGML_ASSERT would abort"
-
-        def native() -> Rows:
-            return self._session.decode(columns, ask)
-
-        def send(_: Runner, alone: Columns, chunk: int) -> Rows:
-            return self._session.decode(alone, ask, chunk)
-
-        def kept() -> BatchRecord:
-            return record(columns, "decode", embeddings=ask.embeddings, journal=journal)
-
-        rows = None if note else self._try_native(columns, native, kept, case)
-        if rows is not None:
-            return Result(share_out(columns, rows), [])
-
-        def safely(descent: Descent) -> list[SequenceResult]:
-            return descent.each(columns, ask, case, "decode", send, journal)
-
-        return self._descend(columns, safely, case, note)
-
-    def _encode(self, columns: Columns, ask: Ask) -> Result:
-        case, info = Case(), self._native.info
-        note = ""
-        if self._preflight_on and not info.has_encoder:
-            note = "the model has no encoder: llama_encode would be a SIGSEGV"
-
-        def native() -> Rows:
-            return self._native.send(columns, ask)
-
-        def kept() -> BatchRecord:
-            return record(columns, "encode", embeddings=True)
-
-        rows = None if note else self._try_native(columns, native, kept, case)
-        if rows is not None:
-            return Result(share_out(columns, rows), [])
-        return self._descend(columns, lambda descent: descent.decode(columns, ask, case), case, note)
-
-    def _try_native(
-        self, columns: Columns, native: Callable[[], Rows], kept: Callable[[], BatchRecord], case: Case
-    ) -> Rows | None:
-        start = time.perf_counter()
-        try:
-            return native()
-        except MemoryLostError:
-            raise
-        except CellDied as died:
-            config, info = self._native.config, self._native.known
-            self._reporter.add(case, died.incident, Rung.NATIVE, kept(), config, info)
-            outcome, problem = Outcome.CRASHED, str(died)
-        except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
-            outcome, problem = Outcome.REFUSED, str(refused)
-            case.rc = getattr(refused, "rc", None)
-        case.step(Rung.NATIVE, outcome, _seq_ids(columns), problem, (time.perf_counter() - start) * 1000)
-        return None
-
-    def _descend(
-        self, columns: Columns, safely: Callable[[Descent], list[SequenceResult]], case: Case, note: str
-    ) -> Result:
-        if note:
-            case.step(Rung.NATIVE, Outcome.SKIPPED, _seq_ids(columns), note)
-        sequences = []
-        try:
-            if self._descent is None:
-                case.result = "safe_fallback is off: no result"
-            else:
-                sequences = safely(self._descent)
-                case.result = _how_it_ended(sequences)
-        finally:
-            self._reporter.file(case, self._native.config, self._native.info)
-        reports = case.reports
-        if case.blamed or self._descent is None:
-            self._reporter.flush()  # an error that names a report comes after it
-        if self._descent is None:
-            raise BatchError(note or case.steps[-1].detail, reports[0] if reports else None, case.rc)
-        return Result(sequences, reports, note)
-
-
-def _seq_ids(columns: Columns) -> list[int]:
-    return list(dict.fromkeys(columns.seq_ids.tolist()))
-
 
 def _in_order(finished: Iterator[Completion]) -> Iterator[Completion]:
     waiting: dict[int, Completion] = {}
@@ -423,10 +329,3 @@ def _in_order(finished: Iterator[Completion]) -> Iterator[Completion]:
         while due in waiting:
             yield waiting.pop(due)
             due += 1
-
-
-def _how_it_ended(sequences: list[SequenceResult]) -> str:
-    rungs = sorted({each.rung for each in sequences if not each.error})
-    failed = [each.seq_id for each in sequences if each.error]
-    cured = f"cured by the rung {' and '.join(rungs)}" if rungs else "not cured"
-    return cured + (f"; sequences {failed} failed alone" if failed else "; every sequence got its result")
