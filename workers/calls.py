@@ -44,6 +44,17 @@ class Rows:
     embeddings: npt.NDArray[np.float32] | None
     spans: Sequence[Span] = ()
 
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of several calls, one behind the other."""
+        logits = [part.logits for part in parts if part.logits is not None]
+        embeddings = [part.embeddings for part in parts if part.embeddings is not None]
+        return cls(
+            np.concatenate(logits) if logits else None,
+            np.concatenate(embeddings) if embeddings else None,
+            parts[-1].spans,
+        )
+
 
 @dataclass(frozen=True)
 class Ask:

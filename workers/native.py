@@ -259,27 +259,21 @@ class LlamaCell:
         with self.recorder.phase("build", request.n_tokens):
             shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
             *batch, logits, embeddings = self._arena.arrays([*shapes, *row_shapes(request, self._info)])
-            if request.n_seq_ids < 0:
-                batch[4][:] = 1
             wanted = batch[3].copy()
             C.llama_set_embeddings(self.context, request.embeddings)
             if request.embeddings:  # llama.cpp then insists on every token being an output, and warns
                 batch[3][:] = 1
             if request.fresh:
                 self.clear()
-        options: Any = {"n_embd": request.n_embd, "encode": request.encode, "nulls": request.nulls}
-        n_tokens, chunk, row, rc = request.n_tokens, request.chunk or request.n_tokens, 0, 0
-        for begin in range(0, n_tokens, chunk):
-            end = min(begin + chunk, n_tokens)
-            rc = self.run(batch, begin, end, **options)
-            if rc:
-                break
-            outputs = np.flatnonzero(wanted[begin:end]).tolist()
+        rc = self.run(
+            batch, 0, request.n_tokens, n_embd=request.n_embd, encode=request.encode, nulls=request.nulls
+        )
+        if rc == 0:
+            outputs = np.flatnonzero(wanted).tolist()
             with self.recorder.phase("copy", len(outputs)):
-                for i in outputs:
+                for row, i in enumerate(outputs):
                     self._copy(C.llama_get_logits_ith, i, logits, row, self._info.n_vocab)
                     self._copy(C.llama_get_embeddings_ith, i, embeddings, row, self._info.n_embd)
-                    row += 1
         return Decoded(rc, native_memory.spans(self.memory, self._sequences(np.unique(batch[2]).tolist())))
 
     def _sequences(self, seq_ids: Iterable[int]) -> list[int]:

@@ -63,12 +63,11 @@ class Decode(msgspec.Struct, tag="decode", frozen=True):
     n_outputs: int
     logits: bool
     embeddings: bool
-    encode: bool = False
-    chunk: int = 0  # tokens per native call; 0: all in one
-    fresh: bool = True  # clear the memory first
-    n_seq_ids: int = -1  # entries of all seq_id arrays together; -1: one for each token
-    n_embd: int = 0  # the batch has vectors of this size instead of tokens
-    nulls: list[str] = []  # fields to be passed as NULL, see `Columns.nulls`
+    encode: bool
+    fresh: bool  # clear the memory first
+    n_seq_ids: int  # entries of all seq_id arrays together
+    n_embd: int  # not 0: the batch has vectors of this size instead of tokens
+    nulls: list[str]  # fields to be passed as NULL, see `Columns.nulls`
 
 
 class Decoded(msgspec.Struct, frozen=True):

@@ -40,6 +40,7 @@ from crumplezone.workers.protocol import (
     batch_shapes,
     row_shapes,
 )
+from crumplezone.workers.splits import split_simple
 
 TARGET = "crumplezone.workers.native:LlamaCell"
 
@@ -143,6 +144,15 @@ class Runner:
             RefusedError: The return code was not 0.
             CellDied: The cell was lost.
         """
+        if not 0 < chunk < len(columns):
+            return self._send(columns, ask, fresh=fresh)
+        parts = []
+        for place, piece in enumerate(split_simple(columns, chunk)):
+            parts.append(self._send(columns.take(piece), ask, fresh=fresh and place == 0))
+        return Rows.joined(parts)
+
+    def _send(self, columns: Columns, ask: Ask, *, fresh: bool) -> Rows:
+        """One native call."""
         cell, info = self.start(), self.info
         n_outputs = int(np.count_nonzero(columns.outputs))
         request = Decode(
@@ -151,7 +161,6 @@ class Runner:
             logits=ask.logits,
             embeddings=ask.embeddings,
             encode=ask.encode,
-            chunk=chunk,
             fresh=fresh,
             n_seq_ids=len(columns.seq_ids),
             n_embd=0 if columns.embd is None else columns.embd.shape[1],
