@@ -291,6 +291,11 @@ def _other_versions(report: Report, now: dict[str, str]) -> list[str]:
 
 
 def _check_batch(batch: BatchRecord) -> None:
+    if batch.cut:
+        raise UsageError(
+            f"the report was too large and keeps this batch without {batch.cut} tokens of its middle: "
+            "it cannot be sent again"
+        )
     if batch.operation == "generate":
         _check_generating(batch)
         return

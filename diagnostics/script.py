@@ -6,21 +6,17 @@ line nor name an encoding.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 
-import msgspec
-
 from crumplezone.diagnostics.replay import Run, crashed, find_model, native_calls, read_recipe, sequences_of
 from crumplezone.errors import CellDied, CellRefused
-from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Outcome, Report
+from crumplezone.reports.schema import BatchRecord, Exit, Outcome, Report
 from crumplezone.reports.signature import sign
 from crumplezone.sandbox import script as cell
 from crumplezone.sandbox.cell import Cell, CellSpec
-from crumplezone.sandbox.classify import assertion
 from crumplezone.workers.protocol import CellConfig
 
 _WIDTH = 100
@@ -30,7 +26,6 @@ _WIDTHS = {
     "logits": "vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))",
     "embeddings": "model_n_embd_out(model)",
 }
-_GGML_STDERR = re.compile(r"^[^\n]*:\d+: [^\n]+$", re.MULTILINE)
 
 _LOAD = Template("""\
 $imports
@@ -249,7 +244,7 @@ def check(text: str, report: Report, model: Path | None = None, deadline: float 
         try:
             status = runner.call(cell.RunScript(), cell.Finished, deadline).status
         except CellDied as died:
-            return crashed(_with_assertion(died.incident.evidence.result()), report)
+            return crashed(died.incident.evidence.result(), report)
         except CellRefused as refused:
             return Run(Outcome.REFUSED, f"{refused.kind}: {refused}")
         finally:
@@ -258,14 +253,6 @@ def check(text: str, report: Report, model: Path | None = None, deadline: float 
         return Run(Outcome.OK)
     same = report.evidence.exit == Exit.NON_FINITE and str(status).startswith(_NON_FINITE)
     return Run(Outcome.REFUSED, str(status), same=same)
-
-
-def _with_assertion(evidence: Evidence) -> Evidence:
-    """A script has no abort callback: ggml writes its assertion to stderr instead."""
-    lines = _GGML_STDERR.findall(evidence.stderr_tail)
-    if evidence.exit != Exit.ABORT or evidence.assertion or not lines:
-        return evidence
-    return msgspec.structs.replace(evidence, assertion=assertion(lines[-1], ""))
 
 
 def _header(report: Report) -> str:

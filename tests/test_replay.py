@@ -114,6 +114,7 @@ def test_reports_that_cannot_be_asked_again(tiny: Path) -> None:
         "redacted": report_of(batch_of([4]), str(tiny), redacted=True),
         "not decoding": report_of(None, str(tiny)),
         "only counts towards 'y'": report_of(None, str(tiny), same_as="y"),
+        "without 7 tokens of its middle": report_of(replace(batch_of([4]), cut=7), str(tiny)),
         "vectors instead of tokens": report_of(replace(batch_of([4]), n_embd=32), str(tiny)),
         "copies, shifts or saved states": report_of(replace(batch_of([4]), held_more=True), str(tiny)),
     }
