@@ -118,11 +118,15 @@ class Batch:
             output: Whether a row of results is wanted.
         """
         try:
-            floats = np.asarray(vector, np.float32)
+            with np.errstate(over="ignore"):
+                floats = np.asarray(vector, np.float32)
         except (TypeError, ValueError) as error:
             raise TokenError("vector", vector, f"must be {self.n_embd} numbers ({error})") from error
         if floats.shape != (self.n_embd,):
             raise TokenError("shape of vector", floats.shape, f"must be (n_embd,) = ({self.n_embd},)")
+        if not np.isfinite(floats).all():
+            i = int(np.isfinite(floats).argmin())
+            raise TokenError(f"vector[{i}]", float(floats[i]), "must be a finite float32")
         return self._append(seq_id, "embd", floats[np.newaxis], pos, bool(output))
 
     def add_sequence(self, seq_id: int, tokens: Tokens, output: Outputs = "last") -> None:

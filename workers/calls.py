@@ -92,13 +92,18 @@ class Adapters:
         Raises:
             InputError: A file cannot be read, or a value is out of range.
         """
+        if not isinstance(lora, Mapping):
+            raise InputError("lora", lora, "must be a mapping of paths to scales")
         found = []
         for path, scale in lora.items():
             check_number(f"scale of {path}", scale, -1e6, 1e6)
             if not Path(path).is_file():
                 raise InputError("lora", str(path), "must be the path of a LoRA adapter (GGUF)")
             found.append((str(Path(path).absolute()), float(scale)))
-        vector = np.empty(0, np.float32) if control is None else np.asarray(control, np.float32).ravel()
+        try:
+            vector = np.empty(0, np.float32) if control is None else np.asarray(control, np.float32).ravel()
+        except (TypeError, ValueError) as error:
+            raise InputError("control", control, f"must be numbers ({error})") from error
         if len(vector) % n_embd or not np.isfinite(vector).all():
             limit = f"must be finite, and n_embd = {n_embd} values for each layer"
             raise InputError("control", vector.shape, limit)

@@ -91,7 +91,7 @@ class Decoder:
         )
         limits = Limits(deadline, memory_limit)
         self._owner = os.getpid()
-        self._busy = threading.Lock()
+        self._changed = threading.Condition()
         self._busy_thread = 0
         self._closed = False
         self._running: Generator[Completion, None, None] | None = None
@@ -124,6 +124,8 @@ class Decoder:
             CellDied: The tokenizer crashed.
             ModelError: The cell had died and the model cannot be loaded again.
         """
+        if not isinstance(text, str):
+            raise InputError("text", text, "must be a str")
         with self._turn():
             try:
                 return self._native.tokenize(text)
@@ -277,15 +279,17 @@ class Decoder:
         """End the cells and finish the reports. Waits for a call of another thread. Idempotent."""
         if os.getpid() != self._owner:
             return
-        mine = self._busy_thread == threading.get_ident()  # a generate() of this thread, suspended
-        with contextlib.nullcontext() if mine else self._busy:
+        with self._changed:
+            mine = self._busy_thread == threading.get_ident()  # a generate() of this thread, suspended
+            self._changed.wait_for(lambda: mine or self._closed or not self._busy_thread)
             if self._closed:
                 return
             self._closed = True
-            if self._running is not None:
-                self._running.close()  # it still has reports to file
-            self._native.shut()
-            self._reporter.close()
+            self._changed.notify_all()  # whoever waits for a turn is told that there will be none
+        if self._running is not None:
+            self._running.close()  # it still has reports to file
+        self._native.shut()
+        self._reporter.close()
 
     def __enter__(self) -> Self:
         return self
@@ -299,16 +303,22 @@ class Decoder:
     def _turn(self) -> Iterator[None]:
         if os.getpid() != self._owner:
             raise UsageError("this decoder was made before a fork: make a new one in this process")
-        if self._busy_thread == threading.get_ident():
-            raise UsageError("a generate() of this thread is still running: finish it or close() it first")
-        with self._busy:
+        me = threading.get_ident()
+        with self._changed:
+            if self._busy_thread == me:
+                raise UsageError(
+                    "a generate() of this thread is still running: finish it or close() it first"
+                )
+            self._changed.wait_for(lambda: self._closed or not self._busy_thread)
             if self._closed:
                 raise UsageError("this decoder is closed: make a new one")
-            self._busy_thread = threading.get_ident()
-            try:
-                yield
-            finally:
+            self._busy_thread = me
+        try:
+            yield
+        finally:
+            with self._changed:
                 self._busy_thread = 0
+                self._changed.notify_all()
 
     def _columns(self, batch: object, level: Level) -> Columns:
         follows = self._session.pos_max + 1

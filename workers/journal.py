@@ -244,14 +244,17 @@ def _effective(operations: list[Operation]) -> list[Operation]:
 
 def _one_sequence_at_a_time(pending: list[Columns]) -> Iterator[Decoded]:
     """Regroup what was decoded in a row. Tokens that belong to several sequences keep their place."""
-    single: dict[int, list[Columns]] = {}
+    single: dict[int, list[list[Columns]]] = {}  # by sequence: runs of tokens, and of vectors
     for columns in pending:
         for group in map(columns.take, columns.groups()):
             seq_ids = np.unique(group.seq_ids)
             if len(seq_ids) == 1:
-                single.setdefault(int(seq_ids[0]), []).append(group)
+                runs = single.setdefault(int(seq_ids[0]), [])
+                if not runs or (runs[-1][0].embd is None) != (group.embd is None):
+                    runs.append([])
+                runs[-1].append(group)
                 continue
-            yield from (Decoded(Columns.concatenate(parts)) for parts in single.values())
+            yield from (Decoded(Columns.concatenate(run)) for runs in single.values() for run in runs)
             single = {}
             yield Decoded(group)
-    yield from (Decoded(Columns.concatenate(parts)) for parts in single.values())
+    yield from (Decoded(Columns.concatenate(run)) for runs in single.values() for run in runs)

@@ -21,8 +21,7 @@ from crumplezone.workers.llama_facts import Facts
 from crumplezone.workers.llama_hub import download
 from crumplezone.workers.llama_objects import LlamaState, capacity_of, lookup_of
 from crumplezone.workers.llama_protocol import LlamaConfig
-from crumplezone.workers.llama_session import Session, decoded
-from crumplezone.workers.model import check_file
+from crumplezone.workers.llama_session import Session, check_model, decoded
 from crumplezone.workers.protocol import Token
 
 _DEFAULT_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
@@ -136,7 +135,7 @@ class Llama(Facts, Completions):
         self._rest = own | {"draft_model": draft_model}
         limits = Limits(deadline, memory_limit)
         path = Path(model_path).absolute()
-        check_file(path)
+        check_model(path)
         reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
         self._session = Session(LlamaConfig(str(path), self._parameters, lookup), limits, reporter)
         self._cache: Any = None

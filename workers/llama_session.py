@@ -61,6 +61,19 @@ class LoadFailedError(ModelError, ValueError):
     """The model could not be loaded. The original raises a ValueError."""
 
 
+def check_model(path: Path) -> None:
+    """Refuse what is certainly no model.
+
+    Raises:
+        LoadFailedError: Missing, unreadable, or not GGUF.
+    """
+    try:
+        check_file(path)
+    except ModelError as error:
+        missing = "" if path.exists() else f"Model path does not exist: {path}; "  # the original's words
+        raise LoadFailedError(str(path), missing + str(error).partition(": ")[2]) from error
+
+
 class Session:
     """The cell of a `Llama` and what it holds.
 
@@ -139,6 +152,7 @@ class Session:
         with self._busy:
             if not self._closed:
                 self._closed = True
+                self._turn.close()
                 if self._cell is not None:
                     self._cell.close()
                 self._reporter.close()
@@ -165,7 +179,7 @@ class Session:
         if self._cell is not None:
             self._cell.close()
         self._synced, self._current, self._careful = False, None, cautious
-        check_file(Path(self._config.path))  # it may be gone since the last cell
+        check_model(Path(self._config.path))  # it may be gone since the last cell
         config = careful(self._config) if cautious else self._config
         self._cell = self._spawn(CellSpec(self._target, config, memory_limit=self._limits.memory))
         info = self.info or self._cell.info(LlamaInfo)

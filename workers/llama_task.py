@@ -157,12 +157,19 @@ class Turn:
         self._changed = threading.Condition()  # re-entrant: a stream may be collected while this is held
         self._holder: object = None
         self._thread = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """End all waiting."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def take(self, who: object) -> None:
-        """Wait for the turn."""
+        """Wait for the turn; once it is closed, nobody waits."""
         me = threading.get_ident()
         with self._changed:
-            while self._holder not in {None, who} and self._thread != me:
+            while self._holder not in {None, who} and self._thread != me and not self._closed:
                 self._changed.wait()
             self._holder, self._thread = who, me
 

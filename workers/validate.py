@@ -103,6 +103,8 @@ def validate(
         InputError: Names the first field, index, value and rule: a `TokenError`, `SequenceIdError` or
             `PositionError` where one of those is at fault.
     """
+    if level not in _RULES:
+        raise InputError("level", level, f"must be one of {', '.join(_RULES)}")
     case = _Case(columns, capacity, memory, encode)
     for rule in _RULES[level]:
         rule(case)
