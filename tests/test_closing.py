@@ -14,7 +14,7 @@ import pytest
 
 from crumplezone import Batch, Decoder, Llama
 from crumplezone.errors import InputError, ModelError, UsageError
-from tests.conftest import Open
+from tests.support import Open
 
 
 def ask_while(close: Callable[[], None], call: Callable[[], object]) -> BaseException | None:
