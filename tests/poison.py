@@ -27,7 +27,7 @@ class Poison(msgspec.Struct, frozen=True):
     min_tokens: int = 1  # only with so many tokens in one native call
     min_sequences: int = 1
     once: str = ""  # a file that the first death makes; there is no second one
-    how: str = "segv"  # segv, null_seq_id, use_after_free, or wait
+    how: str = "segv"  # segv, null_seq_id, use_after_free, wait, or interrupt
     fifo: str = ""  # wait: told by opening it
 
 
@@ -38,7 +38,10 @@ class PoisonCell(LlamaCell):
         poison = msgspec.json.decode(os.environ[VARIABLE], type=Poison)
         if self._dies(poison, [array[begin:end] for array in arrays]):
             getattr(self, f"_{poison.how}")(poison, arrays, begin, end)
-        return super().run(arrays, begin, end, **options)
+        try:
+            return super().run(arrays, begin, end, **options)
+        finally:
+            C.llama_set_abort_callback(self.context, C.ggml_abort_callback(), None)
 
     def _dies(self, poison: Poison, sent: list[npt.NDArray[Any]]) -> bool:
         tokens, positions, seq_ids = sent[:3]
@@ -70,6 +73,16 @@ class PoisonCell(LlamaCell):
 
     def _use_after_free(self, *_: object) -> None:
         C.llama_free(self.context)  # and then the call goes on with it
+
+    def _interrupt(self, *_: object) -> None:
+        """Return code 2 in the second compute pass: the first one stays in memory."""
+        first = C.llama_n_ubatch(self.context)
+
+        def stop(_: object) -> bool:
+            return bool(C.llama_memory_seq_pos_max(self.memory, 0) >= first)
+
+        self._stop = C.ggml_abort_callback(stop)
+        C.llama_set_abort_callback(self.context, self._stop, None)
 
     def _wait(self, poison: Poison, *_: object) -> None:
         Path(poison.fifo).write_text("here")
