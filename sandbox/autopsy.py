@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from crumplezone.reports.schema import Evidence, Exit, Fault, Frame, Mapping, Step, Thread
+from crumplezone.reports.schema import Evidence, Exit, Fault, Frame, Step, Thread
 from crumplezone.sandbox import observe
 from crumplezone.sandbox.classify import TAKEN, assertion, classify, fault_of
 from crumplezone.sandbox.drain import Drain
@@ -245,7 +245,7 @@ def _evidence(death: Death, seen: _Seen, code: int | None) -> Evidence:
         code_bytes=frame.code_bytes if frame else "",
         stack_bytes=frame.stack_bytes if frame else "",
         threads=_threads(seen),
-        maps=_maps(seen),
+        maps=observe.records(seen.maps, seen.build_ids),
         memory=seen.memory,
         limits=seen.limits,
         samples=death.drain.samples(death.at),
@@ -266,10 +266,6 @@ def _ending(
     if death.drain.over_memory and not (death.condemned and death.condemned[0] == Exit.HANG):
         return Exit.OOM, "resident memory went over the cell's limit; killed by the supervisor"
     return death.condemned or classify(code, fault, death.phase, kills, death.process.pid)
-
-
-def _maps(seen: _Seen) -> list[Mapping]:
-    return observe.records(seen.maps, seen.build_ids)
 
 
 def _threads(seen: _Seen) -> list[Thread]:

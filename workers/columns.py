@@ -89,6 +89,11 @@ class Columns:
         """Whether a token belongs to several sequences."""
         return bool((self.n_seq_id > 1).any())
 
+    @property
+    def sequences(self) -> list[int]:
+        """The sequences of the batch, in the order of their first tokens."""
+        return list(dict.fromkeys(self.seq_ids.tolist()))
+
     def rows_of(self, seq_id: int) -> Indices:
         """Indices of the tokens of one sequence, in order."""
         rows: Indices = self.owners[self.seq_ids == seq_id]

@@ -191,7 +191,9 @@ class Generation:
             problem = CrumplezoneError(f"prompt {running.index}: {native_error}; safe_fallback is off")
             return running.done("error", Rung.NATIVE, problem, paths)
 
-        def work(runner: Runner, chunk: int) -> str:
+        runner = self._descent.runner
+
+        def work(chunk: int) -> str:
             joins = [running.join(0, self._sampling)]
             while True:
                 (progress,) = runner.generate(joins, STEPS, chunk, reset=bool(joins)).progress
@@ -201,8 +203,7 @@ class Generation:
                 joins = []
 
         def batch(chunk: int) -> BatchRecord:
-            assert self._descent is not None
-            return self._descent.runner.last_batch(chunk, [running.join(0, self._sampling)])
+            return runner.last_batch(chunk, [running.join(0, self._sampling)])
 
         reason, rung, error = self._descent.attempt(running.index, case, work, batch)
         paths = tuple(case.reports)

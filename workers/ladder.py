@@ -13,7 +13,6 @@ from crumplezone.workers.calls import Ask, RefusedError, Rows
 from crumplezone.workers.columns import Columns
 from crumplezone.workers.incident import Case, Reporter, record
 from crumplezone.workers.results import Result, Rung, SequenceResult, share_out
-from crumplezone.workers.runner import Runner
 from crumplezone.workers.safe import Descent
 from crumplezone.workers.session import Session
 from crumplezone.workers.splits import split_equal, split_seq, split_simple
@@ -46,21 +45,17 @@ class Ladder:
         def native() -> Rows:
             return self._session.decode(columns, ask)
 
-        def send(_: Runner, alone: Columns, chunk: int) -> Rows:
+        def send(alone: Columns, chunk: int) -> Rows:
             return self._session.decode(alone, ask, chunk)
 
         def kept() -> BatchRecord:
             batch = record(columns, "decode", embeddings=ask.embeddings, journal=journal)
             return msgspec.structs.replace(batch, passes=self._passes(columns, ask))
 
-        rows = None if note else self._try_native(columns, native, kept, case)
-        if rows is not None:
-            return Result(share_out(columns, rows), [])
-
         def safely(descent: Descent) -> list[SequenceResult]:
             return descent.each(columns, ask, case, "decode", send, journal)
 
-        return self._descend(columns, safely, case, note)
+        return self._climb_down(columns, case, note, native, kept, safely)
 
     def encode(self, columns: Columns, ask: Ask) -> Result:
         """Encode a valid batch from empty memory."""
@@ -75,10 +70,25 @@ class Ladder:
         def kept() -> BatchRecord:
             return record(columns, "encode", embeddings=True)
 
+        def safely(descent: Descent) -> list[SequenceResult]:
+            return descent.decode(columns, ask, case)
+
+        return self._climb_down(columns, case, note, native, kept, safely)
+
+    def _climb_down(
+        self,
+        columns: Columns,
+        case: Case,
+        note: str,
+        native: Callable[[], Rows],
+        kept: Callable[[], BatchRecord],
+        safely: Callable[[Descent], list[SequenceResult]],
+    ) -> Result:
+        """The native rung, unless a note says why not, and the safe ones if it gave nothing."""
         rows = None if note else self._try_native(columns, native, kept, case)
         if rows is not None:
             return Result(share_out(columns, rows), [])
-        return self._descend(columns, lambda descent: descent.decode(columns, ask, case), case, note)
+        return self._descend(columns, safely, case, note)
 
     def _passes(self, columns: Columns, ask: Ask) -> list[int]:
         """How many tokens each compute pass of the native call had."""
@@ -109,14 +119,14 @@ class Ladder:
         except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
             outcome, problem = Outcome.REFUSED, str(refused)
             case.rc = getattr(refused, "rc", None)
-        case.step(Rung.NATIVE, outcome, _seq_ids(columns), problem, (time.perf_counter() - start) * 1000)
+        case.step(Rung.NATIVE, outcome, columns.sequences, problem, (time.perf_counter() - start) * 1000)
         return None
 
     def _descend(
         self, columns: Columns, safely: Callable[[Descent], list[SequenceResult]], case: Case, note: str
     ) -> Result:
         if note:
-            case.step(Rung.NATIVE, Outcome.SKIPPED, _seq_ids(columns), note)
+            case.step(Rung.NATIVE, Outcome.SKIPPED, columns.sequences, note)
         sequences = []
         try:
             if self._descent is None:
@@ -132,10 +142,6 @@ class Ladder:
         if self._descent is None:
             raise BatchError(note or case.steps[-1].detail, reports[0] if reports else None, case.rc)
         return Result(sequences, reports, note)
-
-
-def _seq_ids(columns: Columns) -> list[int]:
-    return list(dict.fromkeys(columns.seq_ids.tolist()))
 
 
 def _how_it_ended(sequences: list[SequenceResult]) -> str:

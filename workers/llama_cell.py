@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
 from collections.abc import Generator, Iterator
 from typing import Any
 
-import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import msgspec
 import numpy as np
 from llama_cpp.llama import LogitsProcessorList, StoppingCriteriaList
@@ -31,8 +28,7 @@ from crumplezone.workers.llama_protocol import (
     Query,
     Request,
 )
-from crumplezone.workers.native import LoadError, Voices, ggml
-from crumplezone.workers.protocol import CellInfo
+from crumplezone.workers.native import LoadError, Voices, describe
 
 _METHODS = {
     "create_completion",
@@ -88,7 +84,7 @@ class LlamaHost:
         llama = self._llama
         registry: Any = LlamaChatCompletionHandlerRegistry
         return LlamaInfo(
-            cell=self._describe(),
+            cell=msgspec.structs.replace(describe(llama.model, llama.ctx), n_batch=llama.n_batch),
             n_embd=llama.n_embd(),
             n_ctx=llama.n_ctx(),
             n_rows=len(llama.scores),
@@ -99,33 +95,6 @@ class LlamaHost:
             token_nl=llama.token_nl(),
             chat_format=llama.chat_format,
             chat_formats=sorted({*llama._chat_handlers, *registry()._chat_handlers}),  # noqa: SLF001 - as above
-        )
-
-    def _describe(self) -> CellInfo:
-        llama = self._llama
-        model = llama.model
-        architecture = llama.metadata.get("general.architecture", "")
-        commit = ggml().ggml_commit
-        commit.restype = ctypes.c_char_p
-        recurrent = bool(C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
-        has_encoder = bool(C.llama_model_has_encoder(model))
-        rope = C.llama_model_rope_type(model)
-        return CellInfo(
-            n_vocab=llama.n_vocab(),
-            n_embd=C.llama_model_n_embd_out(model),
-            n_ctx_seq=C.llama_n_ctx_seq(llama.ctx),
-            n_ctx_train=C.llama_model_n_ctx_train(model),
-            n_batch=llama.n_batch,
-            has_encoder=has_encoder,
-            has_decoder=bool(C.llama_model_has_decoder(model)),
-            n_embd_inp=C.llama_model_n_embd_inp(model),
-            causal=llama.metadata.get(f"{architecture}.attention.causal") != "false",
-            recurrent=recurrent,
-            learned_positions=rope == C.LLAMA_ROPE_TYPE_NONE and not (recurrent or has_encoder),
-            n_pos_per_embd=4 if rope in (C.LLAMA_ROPE_TYPE_MROPE, C.LLAMA_ROPE_TYPE_IMROPE) else 1,
-            description=llama._model.desc(),  # noqa: SLF001 - there is no public name for it
-            system_info=C.llama_print_system_info().decode("utf-8", "replace"),
-            llama_cpp=f"{importlib.metadata.version('llama-cpp-python')} ({commit().decode()})",
         )
 
     def handle(self, request: Request) -> msgspec.Struct:

@@ -63,6 +63,43 @@ def ggml() -> ctypes.CDLL:
     return library
 
 
+def describe(model: Any, context: Any) -> CellInfo:
+    """Facts of a loaded model and its context."""
+    text = ctypes.create_string_buffer(256)
+    C.llama_model_desc(model, text, len(text))
+    recurrent = bool(C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
+    has_encoder = bool(C.llama_model_has_encoder(model))
+    rope = C.llama_model_rope_type(model)
+    commit = ggml().ggml_commit
+    commit.restype = ctypes.c_char_p
+    return CellInfo(
+        n_vocab=C.llama_vocab_n_tokens(C.llama_model_get_vocab(model)),
+        n_embd=C.llama_model_n_embd_out(model),
+        n_ctx_seq=C.llama_n_ctx_seq(context),
+        n_ctx_train=C.llama_model_n_ctx_train(model),
+        n_batch=C.llama_n_batch(context),
+        has_encoder=has_encoder,
+        has_decoder=bool(C.llama_model_has_decoder(model)),
+        n_embd_inp=C.llama_model_n_embd_inp(model),
+        causal=_metadata(model, "attention.causal") != "false",
+        recurrent=recurrent,
+        learned_positions=rope == C.LLAMA_ROPE_TYPE_NONE and not (recurrent or has_encoder),
+        n_pos_per_embd=4 if rope in (C.LLAMA_ROPE_TYPE_MROPE, C.LLAMA_ROPE_TYPE_IMROPE) else 1,
+        description=text.value.decode("utf-8", "replace"),
+        system_info=C.llama_print_system_info().decode("utf-8", "replace"),
+        llama_cpp=f"{importlib.metadata.version('llama-cpp-python')} ({commit().decode()})",
+    )
+
+
+def _metadata(model: Any, name: str) -> str:
+    """A value of a model file under its architecture's name, or an empty string."""
+    text = ctypes.create_string_buffer(256)
+    C.llama_model_meta_val_str(model, b"general.architecture", text, len(text))
+    key = text.value + b"." + name.encode()
+    n = C.llama_model_meta_val_str(model, key, text, len(text))
+    return text.value.decode("utf-8", "replace") if n >= 0 else ""
+
+
 class Voices:
     """Native log lines and the abort message, on their way out. Callbacks must outlive every call."""
 
@@ -118,7 +155,7 @@ class LlamaCell:
         with self.recorder.phase("context", self.config.n_ctx):
             self.context = self._make_context()
         self.memory = C.llama_get_memory(self.context)
-        self._info = self._describe()
+        self._info = describe(self.model, self.context)
         self._engine = Engine(self)
         self._adapters = native_memory.Adapters(self.model)
         self._unsettled = False  # copies and shifts that llama.cpp has noted down, but not done
@@ -179,40 +216,6 @@ class LlamaCell:
         if not context:
             raise LoadError(self._voices.last_error or "llama_init_from_model returned NULL")
         return context
-
-    def _describe(self) -> CellInfo:
-        text = ctypes.create_string_buffer(256)
-        C.llama_model_desc(self.model, text, len(text))
-        recurrent = bool(C.llama_model_is_recurrent(self.model) or C.llama_model_is_hybrid(self.model))
-        has_encoder = bool(C.llama_model_has_encoder(self.model))
-        rope = C.llama_model_rope_type(self.model)
-        commit = ggml().ggml_commit
-        commit.restype = ctypes.c_char_p
-        return CellInfo(
-            n_vocab=C.llama_vocab_n_tokens(self.vocab),
-            n_embd=C.llama_model_n_embd_out(self.model),
-            n_ctx_seq=C.llama_n_ctx_seq(self.context),
-            n_ctx_train=C.llama_model_n_ctx_train(self.model),
-            n_batch=C.llama_n_batch(self.context),
-            has_encoder=has_encoder,
-            has_decoder=bool(C.llama_model_has_decoder(self.model)),
-            n_embd_inp=C.llama_model_n_embd_inp(self.model),
-            causal=self._metadata("attention.causal") != "false",
-            recurrent=recurrent,
-            learned_positions=rope == C.LLAMA_ROPE_TYPE_NONE and not (recurrent or has_encoder),
-            n_pos_per_embd=4 if rope in (C.LLAMA_ROPE_TYPE_MROPE, C.LLAMA_ROPE_TYPE_IMROPE) else 1,
-            description=text.value.decode("utf-8", "replace"),
-            system_info=C.llama_print_system_info().decode("utf-8", "replace"),
-            llama_cpp=f"{importlib.metadata.version('llama-cpp-python')} ({commit().decode()})",
-        )
-
-    def _metadata(self, name: str) -> str:
-        """A value of the model file under its architecture's name, or an empty string."""
-        text = ctypes.create_string_buffer(256)
-        C.llama_model_meta_val_str(self.model, b"general.architecture", text, len(text))
-        key = text.value + b"." + name.encode()
-        n = C.llama_model_meta_val_str(self.model, key, text, len(text))
-        return text.value.decode("utf-8", "replace") if n >= 0 else ""
 
     def clear(self) -> None:
         """Empty the memory of every sequence. Encoder-only models have none."""
@@ -315,7 +318,7 @@ class LlamaCell:
         self.config = msgspec.structs.replace(self.config, n_ctx=request.n_ctx, n_seq_max=request.n_seq_max)
         self.context = self._make_context()
         self.memory = C.llama_get_memory(self.context)
-        self._info = self._describe()
+        self._info = describe(self.model, self.context)
         self._engine = Engine(self)
         self._unsettled = False
 

@@ -53,7 +53,7 @@ def share_out(columns: Columns, rows: Rows) -> list[SequenceResult]:
     """Cut the rows of a whole batch into those of its sequences."""
     place = np.cumsum(columns.outputs) - 1  # of each output among the rows
     results = []
-    for seq_id in dict.fromkeys(columns.seq_ids.tolist()):
+    for seq_id in columns.sequences:
         mine = columns.rows_of(seq_id)
         wanted = mine[columns.outputs[mine]]
         logits, embeddings = (

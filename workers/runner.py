@@ -88,11 +88,6 @@ class Runner:
         """Most tokens per native call: llama.cpp clamps n_batch to n_ctx."""
         return min(self.config.n_batch, self.config.n_ctx)
 
-    @property
-    def has_encoder(self) -> bool:
-        """Whether the model is known to have an encoder."""
-        return self._info is not None and self._info.has_encoder
-
     def start(self) -> Cell:
         """The running cell; a new one if there is none.
 

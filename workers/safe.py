@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,14 +39,14 @@ class Descent:
         self._reporter = reporter
 
     def attempt(
-        self, seq_id: int, case: Case, work: Callable[[Runner, int], _T], batch: Callable[[int], BatchRecord]
+        self, seq_id: int, case: Case, work: Callable[[int], _T], batch: Callable[[int], BatchRecord]
     ) -> tuple[_T | None, Rung, SequenceError | None]:
         """Try one sequence on each safe rung in turn.
 
         Args:
             seq_id: The sequence's id for its caller.
             case: The job that this belongs to.
-            work: Called with the runner and the most tokens per native call.
+            work: Called with the most tokens per native call.
             batch: Called with the same number after a crash: what was being decoded.
         """
         if no_cell := self._no_cell(case):
@@ -57,7 +56,7 @@ class Descent:
         for rung, chunk in ((Rung.SAFE, self.runner.n_batch), (Rung.TOKEN, 1)):
             start = time.perf_counter()
             try:
-                done = work(self.runner, chunk)
+                done = work(chunk)
             except CellDied as died:
                 config, info = self.runner.config, self.runner.known
                 report = self._reporter.add(case, died.incident, rung, batch(chunk), config, info)
@@ -85,11 +84,11 @@ class Descent:
 
     def decode(self, columns: Columns, ask: Ask, case: Case) -> list[SequenceResult]:
         """Each sequence from empty memory. Without an encoder, encoding is decoding, with a row per token."""
-        operation = "encode" if ask.encode and self.runner.has_encoder else "decode"
+        operation = "encode" if ask.encode and self.runner.info.has_encoder else "decode"
         ask = Ask(ask.logits, ask.embeddings, encode=operation == "encode")
 
-        def send(runner: Runner, alone: Columns, chunk: int) -> Rows:
-            return runner.send(alone, ask, chunk)
+        def send(alone: Columns, chunk: int) -> Rows:
+            return self.runner.send(alone, ask, chunk)
 
         return self.each(columns, ask, case, operation, send)
 
@@ -99,32 +98,21 @@ class Descent:
         ask: Ask,
         case: Case,
         operation: str,
-        send: Callable[[Runner, Columns, int], Rows],
+        send: Callable[[Columns, int], Rows],
         journal: Journal | None = None,
     ) -> list[SequenceResult]:
-        """Give the sequences of a batch to ``send``, one by one."""
-        results = []
-        for seq_id in dict.fromkeys(columns.seq_ids.tolist()):
+        """Give the sequences of a batch to ``send``, one by one, with the most tokens per native call."""
+
+        def one(seq_id: int) -> SequenceResult:
             alone = columns.alone(seq_id)
-            work = functools.partial(_send_alone, send, alone)
-            kept = functools.partial(
-                _record_alone, alone, operation, embeddings=ask.embeddings, journal=journal
-            )
-            rows, rung, error = self.attempt(seq_id, case, work, kept)
-            results.append(SequenceResult(seq_id, alone.positions[alone.outputs], rows, rung, error))
-        return results
 
+            def kept(chunk: int) -> BatchRecord:
+                return record(alone, operation, chunk=chunk, embeddings=ask.embeddings, journal=journal)
 
-def _send_alone(
-    send: Callable[[Runner, Columns, int], Rows], alone: Columns, runner: Runner, chunk: int
-) -> Rows:
-    return send(runner, alone, chunk)
+            rows, rung, error = self.attempt(seq_id, case, lambda chunk: send(alone, chunk), kept)
+            return SequenceResult(seq_id, alone.positions[alone.outputs], rows, rung, error)
 
-
-def _record_alone(
-    alone: Columns, operation: str, chunk: int, *, embeddings: bool, journal: Journal | None
-) -> BatchRecord:
-    return record(alone, operation, chunk=chunk, embeddings=embeddings, journal=journal)
+        return [one(seq_id) for seq_id in columns.sequences]
 
 
 class SafeBatchProcessor:
@@ -174,7 +162,7 @@ class SafeBatchProcessor:
         validate(columns, capacity(runner.info, limits, embeddings=embeddings), Memory.empty(batch.n_seq_max))
         case = Case()
 
-        def send(runner: Runner, alone: Columns, chunk: int) -> Rows:
+        def send(alone: Columns, chunk: int) -> Rows:
             return runner.send(alone.renamed(0), ask, chunk)
 
         sequences = self._descent.each(columns, ask, case, "decode", send)

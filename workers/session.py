@@ -21,6 +21,17 @@ _T = TypeVar("_T")
 _NOTHING = Ask(logits=False)
 
 
+def _request(operation: Removed | Copied | Shifted) -> MemoryOperation:
+    """What a cell is asked to do."""
+    match operation:
+        case Removed(seq_id, begin, end):
+            return MemoryOperation("remove", seq_id, begin, end)
+        case Copied(source, target, begin, end):
+            return MemoryOperation("copy", source, begin, end, target)
+        case Shifted(seq_id, begin, end, delta):
+            return MemoryOperation("shift", seq_id, begin, end, delta=delta)
+
+
 class Session:
     """The native cell of a decoder, with the memory that every committed call has left in it.
 
@@ -70,17 +81,15 @@ class Session:
             whole = self.pos_max[seq_id] < 0
             self._journal.removed(seq_id, ALL if whole else begin, ALL if whole else end)
 
-        return self._operate(MemoryOperation("remove", seq_id, begin, end), commit)
+        return self._operate(_request(Removed(seq_id, begin, end)), commit)
 
     def copy(self, source: int, target: int, begin: int, end: int) -> bool:
         """Let positions of one sequence belong to another too."""
-        request = MemoryOperation("copy", source, begin, end, target)
-        return self._operate(request, lambda: self._journal.add(Copied(source, target, begin, end)))
+        return self._append(Copied(source, target, begin, end))
 
     def shift(self, seq_id: int, begin: int, end: int, delta: int) -> bool:
         """Move positions of a sequence; False if this kind of memory cannot."""
-        request = MemoryOperation("shift", seq_id, begin, end, delta=delta)
-        return self._operate(request, lambda: self._journal.add(Shifted(seq_id, begin, end, delta)))
+        return self._append(Shifted(seq_id, begin, end, delta))
 
     def keep(self, seq_id: int) -> None:
         """Remove every other sequence.
@@ -207,12 +216,8 @@ class Session:
                 n_batch = chunk or (len(columns) if columns.coupled else self.runner.info.n_batch)
                 rows = self.runner.send(columns.quiet(), _NOTHING, n_batch, fresh=False)
                 return Remembered(done=True, spans=list(rows.spans))
-            case Removed(seq_id, begin, end):
-                return self.runner.operate(MemoryOperation("remove", seq_id, begin, end))
-            case Copied(source, target, begin, end):
-                return self.runner.operate(MemoryOperation("copy", source, begin, end, target))
-            case Shifted(seq_id, begin, end, delta):
-                return self.runner.operate(MemoryOperation("shift", seq_id, begin, end, delta=delta))
+            case Removed() | Copied() | Shifted():
+                return self.runner.operate(_request(operation))
             case Loaded(seq_id, state):
                 return self.runner.load(seq_id, state)
 
@@ -230,6 +235,9 @@ class Session:
             longest = int(lengths.argmax())
             return f"sequence {longest} holds {lengths[longest]} tokens, and there would be room for {room}"
         return self._give_back()
+
+    def _append(self, operation: Copied | Shifted) -> bool:
+        return self._operate(_request(operation), lambda: self._journal.add(operation))
 
     def _operate(self, request: MemoryOperation, commit: Callable[[], None]) -> bool:
         remembered: Remembered = self._again(request.name, lambda: self.runner.operate(request))
