@@ -15,9 +15,9 @@ lint: .venv/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.installed
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/evidence.py
+# About 25 minutes on an idle machine; BENCH=--quick takes three. Results: benchmarks/results.
+bench: .venv/.benched
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 # An hour and more: a thousand crashes, then random batches.
 soak: .venv/.installed
@@ -33,6 +33,10 @@ soak: .venv/.installed
 
 .venv/.tested: .venv/.installed
 	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/.benched: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@
 
 clean:

@@ -1,178 +1,116 @@
-"""What supervision costs: `Decoder.decode` against the same `llama_decode` in this process.
+"""What supervision costs: `Decoder.decode` against the same `llama_decode` in a process of its own.
 
-Both sides have the same model, parameters, tokens and outputs, empty the memory before each decode, and
-end with the logits rows in an array of the caller's own. The in-process batch is filled before the clock
-starts, the supervised one after: a difference that is on purpose, and in favour of the in-process side.
-They run alternately, in pairs whose order changes, so that a drift of the machine meets both sides alike.
+Both sides have the same model, parameters and tokens; both fill the batch, decode it and end with the rows
+of logits in an array of the caller's own, all of it timed. The last rows must be equal, bit for bit.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import hashlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import numpy as np
-import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
 
-from crumplezone import Batch, Decoder, Result, embedded_model
+from benchmarks.models import model
+from benchmarks.pairing import Box, alternate, ratio
+from benchmarks.peer import Peer
+from benchmarks.rows import OVERHEAD, OVERHEAD_FROM_MS, Plan, Row, Yield
+from benchmarks.shape import Shape
+from crumplezone import Batch, Decoder
 
 SEQUENCES = (1, 4, 16)
-TOKENS = 128  # per sequence
-CTX_PER_SEQUENCE = 256
-N_BATCH, N_UBATCH = 2048, 512
-WARM_UP = 1  # untimed pairs per row, which also check that both sides give the same logits
-AIM = 1.02  # median of supervised / in-process
-
-Rows = npt.NDArray[np.float32]
+STEPS, PROMPT = 16, 128
+_LEFT_OUT = "left out of a quick run"
+N_CTX_SEQ = 256
 
 
-@dataclass(frozen=True)
-class Row:
-    """Seconds of each pair, for one number of sequences."""
+class Supervised:
+    """As `side_decode.InProcess`, through a `Decoder`."""
 
-    n_seq: int
-    in_process: list[float]
-    supervised: list[float]
+    def __init__(self, path: Path, n_seq: int, n_ctx_seq: int, threads: int) -> None:
+        self._reports = tempfile.TemporaryDirectory()
+        self.decoder = Decoder(
+            path,
+            n_ctx=n_seq * n_ctx_seq,
+            n_batch=n_seq * n_ctx_seq,
+            n_seq_max=n_seq,
+            n_threads=threads,
+            safe_fallback=False,  # a fallback would be measured as if it were the native rung
+            reports=self._reports.name,
+        )
 
-    @property
-    def ratios(self) -> list[float]:
-        """Supervised over in-process, pair by pair."""
-        return [ours / bare for ours, bare in zip(self.supervised, self.in_process, strict=True)]
-
-
-class InProcess:
-    """llama.cpp in this very process, with nothing around it.
-
-    Args:
-        model: A loaded llama.cpp model.
-        sequences: Tokens of each sequence, int32, shape (n_seq, n_tokens).
-        n_threads: As in the supervised cell.
-    """
-
-    def __init__(self, model: Any, sequences: npt.NDArray[np.int32], n_threads: int) -> None:
-        n_seq, n_tokens = sequences.shape
-        params = C.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = CTX_PER_SEQUENCE * n_seq, n_seq
-        params.n_batch, params.n_ubatch = N_BATCH, N_UBATCH
-        params.n_threads = params.n_threads_batch = n_threads
-        params.kv_unified = False
-        self._context = C.llama_init_from_model(model, params)
-        if not self._context:
-            raise SystemExit("llama_init_from_model returned NULL")
-        self._memory = C.llama_get_memory(self._context)
-        self._n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(model))
-        self._outputs = [(seq_id + 1) * n_tokens - 1 for seq_id in range(n_seq)]
-        self._batch = C.llama_batch_init(n_seq * n_tokens, 0, 1)
-        self._batch.n_tokens = n_seq * n_tokens
-        for i, token in enumerate(sequences.ravel().tolist()):
-            self._batch.token[i], self._batch.pos[i] = token, i % n_tokens
-            self._batch.n_seq_id[i], self._batch.seq_id[i][0] = 1, i // n_tokens
-            self._batch.logits[i] = i % n_tokens == n_tokens - 1
-
-    def decode(self) -> Rows:
-        """Decode from empty memory and copy the logits, float32, shape (n_seq, n_vocab)."""
-        C.llama_memory_clear(self._memory, True)
-        rc = C.llama_decode(self._context, self._batch)
-        if rc:
-            raise SystemExit(f"llama_decode returned {rc}")
-        rows = np.empty((len(self._outputs), self._n_vocab), np.float32)
-        for row, index in zip(rows, self._outputs, strict=True):
-            row[:] = np.ctypeslib.as_array(C.llama_get_logits_ith(self._context, index), (self._n_vocab,))
-        return rows
+    def block(self, n_seq: int, n_tokens: int, calls: int) -> tuple[list[float], str]:
+        """Seconds of each call from empty memory on, and a digest of the last logits."""
+        self.decoder.memory.clear()
+        seconds = []
+        for tokens in Shape(n_seq, n_tokens, calls, self.decoder.info.n_vocab).calls_tokens():
+            start = time.perf_counter()
+            result = self.decoder.decode(Batch.of(tokens))
+            rows = [result.logits(seq_id) for seq_id in range(n_seq)]
+            seconds.append(time.perf_counter() - start)
+        return seconds, hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
 
     def close(self) -> None:
-        """Free the batch and the context."""
-        C.llama_batch_free(self._batch)
-        C.llama_free(self._context)
+        """End the cells."""
+        self.decoder.close()
+        self._reports.cleanup()
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+class Pair:
+    """Both sides over one model.
 
+    Raises:
+        PeerError: The in-process side cannot be had.
+    """
 
-def measure(path: Path, model: Any, n_seq: int, pairs: int, n_threads: int, reports: str) -> Row:
-    n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(model))
-    sequences = np.random.default_rng(n_seq).integers(0, n_vocab, (n_seq, TOKENS), np.int32)
-    bare = InProcess(model, sequences, n_threads)
-    with Decoder(
-        path,
-        n_ctx=CTX_PER_SEQUENCE * n_seq,
-        n_batch=N_BATCH,
-        n_ubatch=N_UBATCH,
-        n_seq_max=n_seq,
-        n_threads=n_threads,
-        safe_fallback=False,  # a fallback would be measured as if it were the native rung
-        reports=reports,
-    ) as decoder:
+    def __init__(self, stack: ExitStack, path: Path, n_seq: int, n_ctx_seq: int, threads: int) -> None:
+        self.bare = stack.enter_context(Peer("side_decode", path, n_seq, n_ctx_seq, threads))
+        self.supervised = Supervised(path, n_seq, n_ctx_seq, threads)
+        stack.callback(self.supervised.close)
 
-        def supervised() -> Result:
-            decoder.memory.clear()
-            return decoder.decode(Batch.of(sequences))
+        self.compare(1, 16, 1, Box(0, least=1))  # warm up
 
-        for _ in range(WARM_UP):
-            expected, got = bare.decode(), supervised()
-            if not all(np.array_equal(expected[i], got.logits(i)) for i in range(n_seq)):
-                raise SystemExit(f"{n_seq} sequences: the two sides gave different logits")
-        row = Row(n_seq, [], [])
-        for pair in range(pairs):
-            sides = [(row.in_process, bare.decode), (row.supervised, supervised)]
-            for seconds, work in sides if pair % 2 else sides[::-1]:
-                seconds.append(timed(work))
-    bare.close()
-    return row
+    def compare(self, n_seq: int, n_tokens: int, calls: int, box: Box) -> tuple[list[float], list[float]]:
+        """Seconds of a call, median of each block: supervised and in-process.
 
-
-def table(rows: list[Row]) -> Table:
-    shown = Table(
-        "sequences x tokens", "in-process ms", "supervised ms", "ratio", "min-max", "aim", title="Overhead"
-    )
-    for row in rows:
-        ratio = statistics.median(row.ratios)
-        shown.add_row(
-            f"{row.n_seq} x {TOKENS}",
-            f"{statistics.median(row.in_process) * 1000:.2f}",
-            f"{statistics.median(row.supervised) * 1000:.2f}",
-            f"{ratio:.3f}",
-            f"{min(row.ratios):.3f}-{max(row.ratios):.3f}",
-            f"<= {AIM}: {'met' if ratio <= AIM else 'not met'}",
+        Raises:
+            ArithmeticError: The two sides computed something else.
+        """
+        shape = {"n_seq": n_seq, "n_tokens": n_tokens, "calls": calls}
+        ours, theirs = alternate(
+            [lambda: self.supervised.block(**shape), lambda: self.bare.ask("block", **shape)], box
         )
-    return shown
+        if len({digest for _, digest in (*ours, *theirs)}) != 1:
+            raise ArithmeticError(f"{n_seq} x {n_tokens} tokens: the two sides gave different logits")
+        return [statistics.median(s) for s, _ in ours], [statistics.median(s) for s, _ in theirs]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what supervision costs.")
-    parser.add_argument("--pairs", type=int, default=12, help="timed pairs per row (default 12)")
-    threads = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=threads, help="compute threads on each side")
-    options = parser.parse_args()
-    console = Console()
-    silence = C.llama_log_callback(lambda *_: None)  # must outlive every call
-    C.llama_log_set(silence, None)
-    C.llama_backend_init()
-    path = embedded_model()
-    model = C.llama_model_load_from_file(str(path).encode(), C.llama_model_default_params())
-    if not model:
-        raise SystemExit(f"llama.cpp cannot load {path}")
-    with tempfile.TemporaryDirectory() as reports:
-        rows = []
-        for n_seq in SEQUENCES:
-            with console.status(f"{n_seq} x {TOKENS} tokens, {options.pairs} pairs"):
-                rows.append(measure(path, model, n_seq, options.pairs, options.threads, reports))
-    console.print(table(rows))
-    C.llama_model_free(model)
+def rows(plan: Plan) -> Iterator[Yield]:
+    """A row for generation steps and one for prompts, for each number of sequences."""
+    for n_seq in SEQUENCES:
+        with ExitStack() as stack:
+            pair = Pair(stack, model("Q4_1", plan.cache), n_seq, N_CTX_SEQ, plan.threads)
+            yield _row(plan, pair, f"{n_seq} x 1 token", n_seq, 1, STEPS)
+            if plan.quick and n_seq > 4:
+                yield Row(
+                    "overhead",
+                    f"supervised / in-process, {n_seq} x {PROMPT} tokens",
+                    None,
+                    "x",
+                    note=_LEFT_OUT,
+                )
+            else:
+                yield _row(plan, pair, f"{n_seq} x {PROMPT} tokens", n_seq, PROMPT, 1)
 
 
-if __name__ == "__main__":
-    main()
+def _row(plan: Plan, pair: Pair, name: str, n_seq: int, n_tokens: int, calls: int) -> Row:
+    ours, theirs = pair.compare(n_seq, n_tokens, calls, plan.box(15))
+    ours_ms, theirs_ms = statistics.median(ours) * 1000, statistics.median(theirs) * 1000
+    note = f"{ours_ms:.2f} / {theirs_ms:.2f} ms a call, {len(ours)} rounds"
+    aim = OVERHEAD if theirs_ms >= OVERHEAD_FROM_MS else None
+    return Row("overhead", f"supervised / in-process, {name}", ratio(ours, theirs), "x", aim, note)

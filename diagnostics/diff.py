@@ -131,10 +131,11 @@ def _rows(batch: BatchRecord) -> Facts:
 
 
 def _in_flight(sequences: list[Generating]) -> Facts:
+    names = {"max_tokens": "tokens to come", "temperature": "temperatures", "seed": "seeds"}
     return {
-        "tokens to come": _shown([each.max_tokens for each in sequences]),
-        "temperatures": _shown([each.temperature for each in sequences]),
-        "seeds": _shown([each.seed for each in sequences]),
+        names.get(field, field): _shown([getattr(each, field) for each in sequences])
+        for field in Generating.__struct_fields__
+        if field not in ("seq_id", "tokens")
     }
 
 

@@ -17,6 +17,7 @@ from crumplezone.diagnostics.candidate import Candidate
 from crumplezone.diagnostics.replay import Run, find_model, new_runner, read_recipe, run
 from crumplezone.errors import CrumplezoneError, NotShownError, UsageError, check_integer
 from crumplezone.reports.schema import Evidence, Outcome, Report
+from crumplezone.workers.embed_runner import EmbedRunner
 from crumplezone.workers.protocol import CellConfig
 from crumplezone.workers.runner import Runner
 
@@ -108,7 +109,7 @@ class _Search:
     tries: int = 1
     complete: bool = False
     _failed: set[bytes] = field(default_factory=set)
-    _runner: Runner | None = None
+    _runner: Runner | EmbedRunner | None = None
 
     def run(self) -> Minimised:
         """Measure, then reduce until nothing more can go."""
@@ -205,7 +206,7 @@ class _Search:
             return Run(Outcome.REFUSED, str(error))
         return tried
 
-    def _new_runner(self, config: CellConfig) -> Runner:
+    def _new_runner(self, config: CellConfig) -> Runner | EmbedRunner:
         self.close()
         self._runner = new_runner(config, self.deadline)
         return self._runner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import math
 import re
@@ -22,10 +23,13 @@ from crumplezone.reports.signature import sign
 from crumplezone.reports.verdict import verdict_after
 from crumplezone.workers.calls import Ask, Limits, RefusedError
 from crumplezone.workers.columns import LLAMA_MAX_SEQ, Columns
+from crumplezone.workers.embed_protocol import EmbedConfig
+from crumplezone.workers.embed_runner import EmbedRunner
 from crumplezone.workers.generation import STEPS
 from crumplezone.workers.incident import environment
 from crumplezone.workers.model import check_file, describe
-from crumplezone.workers.protocol import CellConfig, Join
+from crumplezone.workers.protocol import BESIDE, CellConfig, Join
+from crumplezone.workers.results import Sampling, check_sampling
 from crumplezone.workers.runner import Runner
 
 RUNS_MAX = 1000
@@ -131,12 +135,15 @@ def replay(
     return Replayed(summary, done, verdict, notes + _other_versions(report, versions))
 
 
-def new_runner(config: CellConfig, deadline: float | None) -> Runner:
+def new_runner(config: CellConfig, deadline: float | None) -> Runner | EmbedRunner:
     """A runner that keeps its crashes to itself and leaves this machine the memory that others use."""
-    return Runner(config, Limits(deadline, psutil.virtual_memory().available), reporter=None)
+    limits = Limits(deadline, psutil.virtual_memory().available)
+    if isinstance(config, EmbedConfig):
+        return EmbedRunner(config, limits, reporter=None)
+    return Runner(config, limits, reporter=None)
 
 
-def run(runner: Runner, batch: BatchRecord | None, report: Report) -> Run:
+def run(runner: Runner | EmbedRunner, batch: BatchRecord | None, report: Report) -> Run:
     """Send a batch once (None: load the model) and compare its crash, if it is one, with the recorded one.
 
     Raises:
@@ -145,6 +152,8 @@ def run(runner: Runner, batch: BatchRecord | None, report: Report) -> Run:
     try:
         if batch is None:
             runner.start()
+        elif isinstance(runner, EmbedRunner):
+            _embed(runner, batch)
         elif batch.operation == "generate":
             _generate(runner, batch)
         else:
@@ -187,6 +196,14 @@ def sequences_of(batch: BatchRecord) -> list[list[int]]:
     ]
 
 
+def _embed(runner: EmbedRunner, batch: BatchRecord) -> None:
+    """The native call of an embedding, in the context that it had."""
+    assert isinstance(runner.given, EmbedConfig)
+    columns = columns_of(batch)
+    rows = range(len(columns.sequences))
+    runner.embed(runner.given, columns, np.empty((len(rows), runner.info.n_embd), np.float32), rows)
+
+
 def _held_columns(held: Held) -> Columns:
     n = len(held.tokens)
     return Columns(
@@ -209,14 +226,19 @@ def crashed(evidence: Evidence, report: Report) -> Run:
 def native_calls(batch: BatchRecord) -> int:
     """How many native calls a replay of `generate` makes: for what was there, and as many as were lost."""
     n_tokens = sum(len(each.tokens) for each in batch.generating)
-    return math.ceil(n_tokens / batch.chunk) + STEPS
+    return math.ceil(n_tokens / min(batch.chunk, BESIDE)) + len(batch.generating) + STEPS
+
+
+def sampling_of(each: schema.Generating) -> Sampling:
+    """How the tokens of a sequence were drawn."""
+    return Sampling(**{field.name: getattr(each, field.name) for field in dataclasses.fields(Sampling)})
 
 
 def _generate(runner: Runner, batch: BatchRecord) -> None:
     """Prefill every sequence that was in flight, and go on from its last delivered token."""
     joins = [
         (
-            Join(each.seq_id, len(each.tokens), each.max_tokens, each.temperature, each.seed),
+            Join(each.seq_id, len(each.tokens), sampling_of(each)),
             np.array(each.tokens, np.int32),
         )
         for each in batch.generating
@@ -254,9 +276,15 @@ def read_recipe(report: Report) -> Recipe:
         check(f"context.{name}", value, *_CONTEXT[name])
     if report.context.get("kv_unified", False) is not False:
         raise InputError("context.kv_unified", report.context["kv_unified"], "must be false, as in all cells")
-    config = msgspec.convert({"model": report.model.path if report.model else "", **sizes}, CellConfig)
+    fields: dict[str, object] = {"model": report.model.path if report.model else "", **sizes}
+    kind: type[CellConfig] = CellConfig
     if report.batch:
         _check_batch(report.batch)
+        if report.batch.operation == "embed":
+            kind, fields["pooling"] = EmbedConfig, report.context.get("pooling")
+            if fields["pooling"] not in ("mean", "cls", "last"):
+                raise InputError("context.pooling", fields["pooling"], "must be 'mean', 'cls' or 'last'")
+    config = msgspec.convert(fields, kind)
     return Recipe(config, report.batch)
 
 
@@ -299,8 +327,11 @@ def _check_batch(batch: BatchRecord) -> None:
     if batch.operation == "generate":
         _check_generating(batch)
         return
-    if batch.operation not in {"decode", "encode"}:
-        raise InputError("batch.operation", batch.operation, "must be 'decode', 'encode' or 'generate'")
+    if batch.operation not in {"decode", "encode", "embed"}:
+        limit = "must be 'decode', 'encode', 'embed' or 'generate'"
+        raise InputError("batch.operation", batch.operation, limit)
+    for name in ("shared", "nulls", "held") if batch.operation == "embed" else ():  # only whole texts
+        check(f"len(batch.{name})", len(getattr(batch, name)), 0, 0)
     n_tokens = len(batch.tokens)
     check("len(batch.tokens)", n_tokens, 1, TOKENS_MAX)
     check("batch.chunk", batch.chunk, 0, TOKENS_MAX)
@@ -353,10 +384,7 @@ def _check_generating(batch: BatchRecord) -> None:
         seen.add(each.seq_id)
         check(f"len({field}.tokens)", len(each.tokens), 1, TOKENS_MAX)
         _check_int32(f"{field}.tokens", each.tokens)
-        check(f"{field}.max_tokens", each.max_tokens, 1, _INT32[1])
-        check(f"{field}.seed", each.seed, 0, 2**63 - 1)
-        if not 0 <= each.temperature <= 100:
-            raise InputError(f"{field}.temperature", each.temperature, "must be from 0 to 100")
+        check_sampling(each, f"{field}.")
     check("number of tokens in batch.generating", sum(len(s.tokens) for s in batch.generating), 1, TOKENS_MAX)
 
 

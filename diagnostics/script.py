@@ -6,18 +6,29 @@ line nor name an encoding.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 
-from crumplezone.diagnostics.replay import Run, crashed, find_model, native_calls, read_recipe, sequences_of
+from crumplezone.diagnostics.replay import (
+    Run,
+    crashed,
+    find_model,
+    native_calls,
+    read_recipe,
+    sampling_of,
+    sequences_of,
+)
 from crumplezone.errors import CellDied, CellRefused
 from crumplezone.reports.schema import BatchRecord, Exit, Outcome, Report
 from crumplezone.reports.signature import sign
 from crumplezone.sandbox import script as cell
 from crumplezone.sandbox.cell import Cell, CellSpec
-from crumplezone.workers.protocol import CellConfig
+from crumplezone.workers.embed_protocol import EmbedConfig
+from crumplezone.workers.protocol import BESIDE, CellConfig
+from crumplezone.workers.results import COLDEST
 
 _WIDTH = 100
 _VALUE_MAX = 200
@@ -47,7 +58,7 @@ params.n_ubatch = $n_ubatch
 params.n_seq_max = $n_seq_max
 params.n_threads = params.n_threads_batch = $n_threads
 params.kv_unified = False
-params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE  # a row per token, whatever the file asks for
+params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_$pooling
 context = llama_cpp.llama_init_from_model(model, params)
 if not context:
     sys.exit("llama.cpp cannot make the context")
@@ -75,7 +86,7 @@ $finite
 _FINITE = Template("""\
     for i, row in enumerate(rows):
         if row[3]:
-            values = llama_cpp.llama_get_${rows}_ith(context, i)
+            values = llama_cpp.llama_get_$row
             if not all(map(math.isfinite, values[:$width])):
                 sys.exit(f"$says {i}")
 """)
@@ -127,28 +138,43 @@ ${embeddings}for begin in range(0, len(BATCH), CHUNK):
 """)
 
 _GREEDY = '''\
-def sample(logits, seq_id):
+def sample(row, seq_id):
     """The likeliest token."""
-    return max(range(n_vocab), key=logits.__getitem__)
+    return max(range(n_vocab), key=llama_cpp.llama_get_logits_ith(context, row).__getitem__)
 
 
 '''
 
 _SAMPLED = Template('''\
-SAMPLING = {  # sequence: (temperature, seed)
+SAMPLING = {  # by sequence
 $sampling
 }
 
 
-def sample(logits, seq_id):
-    """Gumbel-max: the noise depends on seed and position alone."""
-    temperature, seed = SAMPLING[seq_id]
-    logits = np.ctypeslib.as_array(logits, (n_vocab,))
-    if temperature <= 0:
-        return int(logits.argmax())
-    random = np.random.Generator(np.random.Philox(key=seed, counter=position[seq_id]))
-    noise = -np.log(-np.log(random.random(n_vocab, dtype=np.float32) + 1e-20) + 1e-20)
-    return int((logits / np.float32(temperature) + noise).argmax())
+def sample(row, seq_id):
+    """Draw by llama.cpp's own samplers. The noise depends on seed and position alone."""
+    how = SAMPLING[seq_id]
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+
+    def add(name, *values):
+        llama_cpp.llama_sampler_chain_add(chain, getattr(llama_cpp, f"llama_sampler_init_{name}")(*values))
+
+    penalties = how["repeat_penalty"], how["frequency_penalty"], how["presence_penalty"]
+    add("penalties", n_vocab, how["penalty_last_n"], *penalties)
+    for token in SEQUENCES[seq_id]:
+        llama_cpp.llama_sampler_accept(chain, token)
+    if how["temperature"] < $coldest:
+        add("greedy")
+    else:
+        digest = hashlib.blake2b(f"{how['seed']} {position[seq_id]}".encode(), digest_size=4).digest()
+        add("top_k", how["top_k"])
+        add("top_p", how["top_p"], 1)
+        add("min_p", how["min_p"], 1)
+        add("temp", how["temperature"])
+        add("dist", min(int.from_bytes(digest, "little"), llama_cpp.LLAMA_DEFAULT_SEED - 1))
+    token = llama_cpp.llama_sampler_sample(chain, context, row)
+    llama_cpp.llama_sampler_free(chain)
+    return token
 
 
 ''')
@@ -160,6 +186,7 @@ $sequences
 }
 LEFT = {$left}
 CHUNK = $chunk  # most tokens per native call
+BESIDE = $beside  # most of them from prompts, if it also generates
 
 vocab = llama_cpp.llama_model_get_vocab(model)
 n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
@@ -169,8 +196,10 @@ position = dict.fromkeys(SEQUENCES, 0)
 
 ${sample}for _ in range($calls):
     rows, ends = [], {}
-    for seq_id in sorted(pending, key=lambda seq_id: len(pending[seq_id])):
-        tokens = pending[seq_id][: CHUNK - len(rows)]
+    n = sum(len(tokens) == 1 for tokens in pending.values())  # sequences that generate: they come first
+    room = min(CHUNK, n + BESIDE) if n else CHUNK
+    for seq_id in sorted(pending, key=lambda seq_id: len(pending[seq_id]) > 1):
+        tokens = pending[seq_id][: room - len(rows)]
         del pending[seq_id][: len(tokens)]
         for token in tokens:
             rows.append((token, position[seq_id], seq_id, 0))
@@ -180,8 +209,9 @@ ${sample}for _ in range($calls):
             ends[seq_id] = len(rows) - 1
     decode(rows)
     for seq_id, row in ends.items():
-        token = sample(llama_cpp.llama_get_logits_ith(context, row), seq_id)
+        token = sample(row, seq_id)
         pending[seq_id] = [token]
+        SEQUENCES[seq_id].append(token)
         LEFT[seq_id] -= 1
         if llama_cpp.llama_vocab_is_eog(vocab, token) or not LEFT[seq_id]:
             del pending[seq_id]
@@ -207,18 +237,21 @@ def script(report: Report, model: Path | None = None) -> str:
     recipe = read_recipe(report)
     batch = recipe.batch
     values = {name: getattr(recipe.config, name) for name in CellConfig.__struct_fields__}
+    # "NONE": a row per token, whatever the file asks for
+    pooling = recipe.config.pooling.upper() if isinstance(recipe.config, EmbedConfig) else "NONE"
+    values["pooling"] = pooling
     values["model"] = ascii(str(model) if model else recipe.config.model)
     non_finite = batch is not None and report.evidence.exit == Exit.NON_FINITE
-    sampled = batch is not None and any(each.temperature > 0 for each in batch.generating)
-    imports = ["import math\n"] * non_finite + ["import sys\n"]
-    imports += ["\nimport numpy as np  # llama-cpp-python needs it too"] * sampled
+    sampled = batch is not None and _sampled(batch)
+    imports = ["import hashlib\n"] * sampled + ["import math\n"] * non_finite + ["import sys\n"]
     text = _header(report) + "\n" + _LOAD.substitute(values, imports="".join(imports))
     if batch is None:
         return text + '\nprint("no crash")\n'
     operation = "encode" if batch.operation == "encode" else "decode"
     rows = "embeddings" if _has_embeddings(batch) else "logits"
     width = f"llama_cpp.llama_{_WIDTHS[rows]}"
-    finite = _FINITE.substitute(rows=rows, width=width, says=_NON_FINITE) if non_finite else ""
+    row = "embeddings_seq(context, row[2])" if pooling != "NONE" else f"{rows}_ith(context, i)"
+    finite = _FINITE.substitute(row=row, width=width, says=_NON_FINITE) if non_finite else ""
     text += _call(batch, operation, finite)
     text += _generate(batch) if batch.generating else _decode(batch, operation, recipe.config)
     return text + 'print("no crash")\n'
@@ -329,16 +362,23 @@ def _held(batch: BatchRecord, n_batch: int) -> str:
 
 
 def _generate(batch: BatchRecord) -> str:
-    sampled = any(each.temperature > 0 for each in batch.generating)
-    sampling = [f"    {s.seq_id}: ({float(s.temperature)!r}, {s.seed})," for s in batch.generating]
+    sampling = [f"    {s.seq_id}: {dataclasses.asdict(sampling_of(s))}," for s in batch.generating]
     sequences = [f"    {s.seq_id}: [\n{_wrapped(map(str, s.tokens), 8)}\n    ]," for s in batch.generating]
     return _GENERATE.substitute(
         sequences="\n".join(sequences),
         left=", ".join(f"{each.seq_id}: {each.max_tokens}" for each in batch.generating),
         chunk=batch.chunk,
+        beside=BESIDE,
         calls=native_calls(batch),
-        sample=_SAMPLED.substitute(sampling="\n".join(sampling)) if sampled else _GREEDY,
+        sample=_SAMPLED.substitute(sampling="\n".join(sampling), coldest=COLDEST)
+        if _sampled(batch)
+        else _GREEDY,
     )
+
+
+def _sampled(batch: BatchRecord) -> bool:
+    """Whether a token may be other than the likeliest."""
+    return not all(sampling_of(each).plain for each in batch.generating)
 
 
 def _wrapped(items: Iterable[str], indent: int = 4) -> str:

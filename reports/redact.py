@@ -242,7 +242,11 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
         addresses="registers",
         drop="stack_bytes",
     ),
-    schema.Generating: _fields(keep="seq_id max_tokens temperature seed", tokens="tokens"),
+    schema.Generating: _fields(
+        keep="seq_id max_tokens temperature top_k top_p min_p seed "
+        "repeat_penalty frequency_penalty presence_penalty penalty_last_n",
+        tokens="tokens",
+    ),
     schema.Held: _fields(keep="seq_id positions", tokens="tokens"),
     schema.BatchRecord: _fields(
         keep="positions seq_ids outputs operation chunk embeddings shared nulls n_embd cut passes held_more",

@@ -135,7 +135,7 @@ class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
 
     exit: Exit
     pid: int
-    phase: str = "call"  # "start" or "call"
+    phase: str = "call"  # "start", "call" or "idle"
     returncode: int | None = None  # as in subprocess: -n for signal n
     fault: Fault | None = None
     assertion: Assertion | None = None
@@ -164,6 +164,13 @@ class Generating(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: list[int]  # the prompt and what had been delivered
     max_tokens: int  # still to come
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    penalty_last_n: int = 64
     seed: int = 0
 
 
@@ -182,7 +189,7 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     positions: list[int]
     seq_ids: list[int]
     outputs: list[bool]
-    operation: str = "decode"  # decode, encode or generate
+    operation: str = "decode"  # decode, encode, embed or generate
     chunk: int = 0  # most tokens per native call; 0: all in one
     embeddings: bool = False  # whether hidden states were asked for
     generating: list[Generating] = []  # for generate, which starts from more than this batch

@@ -78,11 +78,14 @@ def signal_name(report: Report) -> str:
     return f"signal {-code}" if code is not None and code < 0 else ""
 
 
+_PHASES = {"start": "starting", "idle": "waiting for work"}
+
+
 def summary(report: Report) -> str:
     """One paragraph: what happened, where, on which rung, and how it ended."""
     frame = top_frame(report)
     where = f" in {frame_name(frame)}" if frame else ""
-    phase = "starting" if report.evidence.phase == "start" else "serving a request"
+    phase = _PHASES.get(report.evidence.phase, "serving a request")
     parts = [
         f"{_ending(report.evidence, signal_name(report))}{where}.",
         f"It was {phase} on the {report.rung} rung.",

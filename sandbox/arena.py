@@ -1,7 +1,7 @@
 """The arena: one memfd shared by a supervisor and one cell. Only numbers are ever read from it.
 
-Layout: a page for the abort message, a page for the flight recorder, then a data zone that both sides cut
-into arrays by the same rule: in order, each aligned to 64 bytes.
+Layout: a page for the nudge and the abort message, a page for the flight recorder, then a data zone that both
+sides cut into arrays by the same rule: in order, each aligned to 64 bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from crumplezone.sandbox import recorder
 
 _RECORDER_AT = mmap.PAGESIZE
 HEADER = _RECORDER_AT + recorder.SIZE
+_NUDGE_AT = 0  # one byte
 _MESSAGE_AT = 8  # u32 length, then the text
 _MESSAGE_MAX = 2048
 
@@ -56,6 +57,7 @@ class Arena:
         self.fd = fd
         try:
             self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+            self._cut: tuple[tuple[Shape, ...], list[npt.NDArray[Any]]] = (), []  # as it was cut last
         except BaseException:  # no memory, or no descriptor: a map keeps one of its own
             self.close()
             raise
@@ -72,14 +74,28 @@ class Arena:
             if self._owner:
                 os.ftruncate(self.fd, need)
             self._map = mmap.mmap(self.fd, os.fstat(self.fd).st_size)
+            self._cut = (), []
 
     def arrays(self, shapes: Sequence[Shape]) -> list[npt.NDArray[Any]]:
         """Views of the data zone, cut into these arrays. Copy what must outlive the next call."""
-        self.reserve(shapes)
-        return [
-            np.frombuffer(self._map, dtype, count, HEADER + at)
-            for (dtype, count), at in zip(shapes, offsets(shapes), strict=False)
-        ]
+        wanted = tuple(shapes)
+        if wanted != self._cut[0]:
+            self.reserve(wanted)
+            places = zip(wanted, offsets(wanted), strict=False)
+            views = [np.frombuffer(self._map, dtype, count, HEADER + at) for (dtype, count), at in places]
+            self._cut = wanted, views
+        return self._cut[1].copy()
+
+    def nudge(self) -> None:
+        """Supervisor: ask the child to end its call early. This lasts until it is seen, in whichever call."""
+        self._map[_NUDGE_AT] = 1
+
+    def nudged(self) -> bool:
+        """Child: whether there was a nudge since the last look."""
+        if not self._map[_NUDGE_AT]:
+            return False
+        self._map[_NUDGE_AT] = 0
+        return True
 
     def note_abort(self, text: bytes) -> None:
         """Child: leave the reason of an abort where it can be read after any death."""

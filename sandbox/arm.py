@@ -65,12 +65,16 @@ def _park_on_fault(libc: ctypes.CDLL) -> None:
         libc.sigaction(int(signum), ctypes.byref(action), None)
 
 
-def hold_on_fault(fault_fd: int) -> None:
+def hold_on_fault(fault_fd: int, tracer: int) -> None:
     """Route faulthandler into a one-slot packet pipe.
 
     Its first write wakes the supervisor, its second blocks until the supervisor reads: the crashed thread
     is held inside the handler, with the kernel's signal frame above it on the stack. When all is written it
     is parked: it waits to be killed.
+
+    Args:
+        fault_fd: Write end of the pipe.
+        tracer: Process id of the supervisor, which may look into this process.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     known_machine = platform.machine() in {"x86_64", "aarch64"}
@@ -89,7 +93,7 @@ def hold_on_fault(fault_fd: int) -> None:
     # faulthandler gives an alternate stack to this thread only; without one a stack overflow cannot be held.
     threading.setprofile(_give_altstack)
     # Under Yama's ptrace_scope=1 only a named tracer and its children may look; EINVAL without Yama.
-    libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getppid()), 0, 0, 0)
+    libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(tracer), 0, 0, 0)
     libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(1), 0, 0, 0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -20,12 +19,13 @@ from crumplezone.sandbox.drain import Drain
 from crumplezone.sandbox.elf import read_elf
 from crumplezone.sandbox.launch import Process
 from crumplezone.sandbox.pressure import oom_kills
-from crumplezone.sandbox.procfs import Call, Map, current_calls, find_map, read_maps
+from crumplezone.sandbox.procfs import Call, Map, current_calls, find_map, read_maps, states
 from crumplezone.sandbox.release import named_fault, release
 from crumplezone.sandbox.sigframe import SignalFrame, mend_null_call, read_signal_frame
 from crumplezone.sandbox.stacks import take_stacks
 
 _STOP_DEADLINE = 2.0  # seconds
+_AT_REST = {"T", "t", "Z", "X"}  # stopped, stopped by a tracer, ended
 _MAY_LOOK = (
     "reading another process needs its user id and a dumpable target, or CAP_SYS_PTRACE (ptrace(2)); "
     "in a container: --cap-add=SYS_PTRACE"
@@ -44,7 +44,7 @@ class Death:
     Attributes:
         process: The cell's process.
         drain: Its log, stderr and samples.
-        phase: "start" or "call".
+        phase: "start", "call" or "idle".
         kills: The kernel's counters of OOM kills when it was started.
         held: It wrote to its fault pipe: it is inside its signal handler, or was a moment ago.
         condemned: It lives, and this is why it must not go on.
@@ -182,10 +182,9 @@ def _reap(death: Death, seen: _Seen) -> int | None:
 def _await_stop(process: Process) -> None:
     """Wait until every thread has stopped, but not for ever: one may be in uninterruptible sleep."""
     end = time.monotonic() + _STOP_DEADLINE
-    # WSTOPPED is told once the whole group has stopped; /proc/PID/stat tells of the main thread only.
-    flags = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
-    with contextlib.suppress(ChildProcessError):  # ended, and its exit status taken by somebody else
-        while os.waitid(os.P_PIDFD, process.pidfd, flags) is None:
+    # waitid(2) would tell of the whole group at once, but only of our own children.
+    with contextlib.suppress(FileNotFoundError):  # it ended, and was reaped
+        while not (states(process.pid) <= _AT_REST or process.ended):
             if time.monotonic() > end:
                 raise ValueError("it did not stop: somebody continues it, or it is in uninterruptible sleep")
             time.sleep(0.0002)

@@ -9,7 +9,7 @@ import select
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -49,7 +49,8 @@ class CellSpec:
         target: ``"package.module:callable"``, imported in the child.
         config: Given to the target there.
         start_deadline: Seconds until it must be ready.
-        memory_limit: Bytes of resident memory above which it is killed, or None.
+        memory_limit: Bytes of resident memory above which it is killed, or None. A page counts in every cell
+            that has it mapped, shared or not, so the limit is the same for a spawned and for a forked cell.
         env: Added to the child's environment.
     """
 
@@ -88,6 +89,7 @@ class Cell:
 
     Args:
         spec: What to run.
+        start: Starts its process, given what is added to the environment.
 
     Raises:
         CellRefused: The target raised an exception while it was built.
@@ -95,12 +97,12 @@ class Cell:
         OSError: No process or descriptor could be had.
     """
 
-    def __init__(self, spec: CellSpec) -> None:
+    def __init__(self, spec: CellSpec, start: Callable[[Mapping[str, str]], Process] = spawn) -> None:
         self._owner = os.getpid()
         self._next_id = 1
         self._oom_kills = oom_kills()
         self._phase = "start"
-        self._process = process = spawn(spec.env)
+        self._process = process = start(spec.env)
         try:
             self._drain = Drain(process, spec.memory_limit)
         except BaseException:  # no thread or descriptor could be had for it
@@ -109,11 +111,13 @@ class Cell:
             raise
         self._finalizer = weakref.finalize(self, _abandon, process, self._drain, self._owner)
         self._channel = Channel(process.lines.sock, FromChild)
-        self._poller = select.poll()
-        for fd in (process.lines.sock.fileno(), process.lines.fault_fd, process.pidfd):
+        self._poller, self._idle = select.poll(), select.poll()
+        for fd in (process.lines.fault_fd, process.pidfd):
+            self._idle.register(fd, select.POLLIN)
             self._poller.register(fd, select.POLLIN)
-        start = Start(spec.target, msgspec.Raw(msgspec.msgpack.encode(spec.config)))
-        frame = self._exchange(start, spec.start_deadline)
+        self._poller.register(process.lines.sock.fileno(), select.POLLIN)
+        first = Start(spec.target, msgspec.Raw(msgspec.msgpack.encode(spec.config)))
+        frame = self._exchange(first, spec.start_deadline)
         if isinstance(frame, Failure):
             self.close()
             raise CellRefused(frame.kind, frame.message)
@@ -150,6 +154,7 @@ class Cell:
         reply: type[_T],
         deadline: float | None,
         on_ask: Callable[[msgspec.Raw], msgspec.Struct] | None = None,
+        fds: Sequence[int] = (),
     ) -> _T:
         """Send one request and wait for its reply in the calling thread.
 
@@ -160,6 +165,7 @@ class Cell:
                 each question, and do not run while it is being answered.
             on_ask: Called with each question that the service asks meanwhile; returns the answer. It may
                 make calls of its own. What it raises ends this call, and the cell lives.
+            fds: Descriptors to be sent behind the request, to a service that receives them.
 
         Raises:
             CellRefused: The service raised an exception; the cell lives.
@@ -173,7 +179,7 @@ class Cell:
         failed: list[BaseException] = []
         call = Call(call_id, msgspec.Raw(msgspec.msgpack.encode(request)))
         try:
-            frame = self._exchange(call, deadline)
+            frame = self._exchange(call, deadline, fds)
             while on_ask and isinstance(frame, Ask) and frame.id == call_id:
                 frame = self._exchange(self._answer(frame, on_ask, failed), deadline)
         except CellDied:
@@ -208,6 +214,23 @@ class Cell:
             raise UsageError("this cell was closed while it asked a question")
         return answer
 
+    def died_idle(self) -> CellDied | None:
+        """The death of a cell while nothing was asked of it, or None: it lives, or its death is known."""
+        if not self.alive or os.getpid() != self._owner:
+            return None
+        if not any(events & select.POLLIN for _, events in self._idle.poll(0)):
+            return None
+        self._phase = "idle"
+        return self._gone()
+
+    def watch(self) -> list[int]:
+        """New descriptors, the caller's to close: one of them is readable once `died_idle` would tell of it.
+
+        Raises:
+            OSError: There is no descriptor left.
+        """
+        return [os.dup(self._process.pidfd), os.dup(self._process.lines.fault_fd)]
+
     def condemn(self, kind: Exit, why: str) -> CellDied:
         """Give up a cell that answered, but not as it should; returns the error to raise."""
         return self._lost(condemned=(kind, f"{why}; killed by the supervisor"))
@@ -223,9 +246,11 @@ class Cell:
         poller.poll(_CLOSE_GRACE_MS)
         _abandon(self._process, self._drain, self._owner)
 
-    def _exchange(self, frame: msgspec.Struct, deadline: float | None) -> object:
+    def _exchange(self, frame: msgspec.Struct, deadline: float | None, fds: Sequence[int] = ()) -> object:
         with contextlib.suppress(ChannelClosed):  # it died between two calls: the wait below finds out how
             self._channel.send(frame)
+            if fds:
+                self._channel.send_fds(fds)
         sock, fault = self._process.lines.sock.fileno(), self._process.lines.fault_fd
         end = None if deadline is None else time.monotonic() + deadline
         while True:

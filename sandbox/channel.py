@@ -7,6 +7,7 @@ small (bulk data goes through the arena); what is larger or does not decode is a
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 
 import msgspec
 
@@ -97,6 +98,7 @@ class Channel:
         self.sock = sock
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(frame_type).decode
+        self._room = memoryview(bytearray(MAX_FRAME))
 
     def send(self, frame: msgspec.Struct) -> None:
         """Send one frame.
@@ -113,6 +115,20 @@ class Channel:
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosed from error
 
+    def send_fds(self, fds: Sequence[int]) -> None:
+        """Send copies of descriptors, in a packet of their own.
+
+        Only a child that asks for them receives any: `receive` has no room for them, and the kernel then
+        closes what was sent (recvmsg(2)). A supervisor never asks.
+
+        Raises:
+            ChannelClosed: The peer is gone.
+        """
+        try:
+            socket.send_fds(self.sock, [b"fds"], fds, socket.MSG_NOSIGNAL)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ChannelClosed from error
+
     def receive(self) -> object:
         """Receive one frame (blocks).
 
@@ -121,14 +137,14 @@ class Channel:
             ChannelClosed: The peer is gone.
         """
         try:
-            data, _, flags, _ = self.sock.recvmsg(MAX_FRAME)
+            n, _, flags, _ = self.sock.recvmsg_into([self._room])
         except ConnectionResetError as error:
             raise ChannelClosed from error
         if flags & socket.MSG_TRUNC:
             raise ProtocolError(f"frame larger than {MAX_FRAME} bytes")
-        if not data:
+        if not n:
             raise ChannelClosed
         try:
-            return self._decode(data)
+            return self._decode(bytes(self._room[:n]))  # a copy: what is Raw in a frame refers to it
         except msgspec.MsgspecError as error:
             raise ProtocolError(str(error)) from error

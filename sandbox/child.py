@@ -9,9 +9,9 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 
@@ -40,8 +40,28 @@ class AbandonedError(Exception):
     """The supervisor did not answer a question: the call is to end; its caller knows why."""
 
 
+class Reborn(BaseException):
+    """Raised by a service in a fork of its process: to be another cell, from the bottom of the stack on.
+
+    So the stacks of a forked cell are those of a spawned one. The traceback keeps what the old stack referred
+    to: its descriptors are closed, and collected objects would close their numbers once more.
+
+    Args:
+        ends: As for `live`.
+        preloaded: Given to the target.
+    """
+
+    def __init__(self, ends: Sequence[int], preloaded: Any) -> None:
+        super().__init__()
+        self.ends, self.preloaded = ends, preloaded
+
+
 class Service(Protocol):
-    """What a cell serves. A target is a callable ``(config: msgspec.Raw, room: Room) -> Service``."""
+    """What a cell serves.
+
+    A target is a callable ``(config: msgspec.Raw, room: Room, preloaded: Any = None) -> Service``. In a cell
+    that a zygote forked, ``preloaded`` is what the zygote's seed returned.
+    """
 
     request_type: Any  # union of tagged structs
 
@@ -70,6 +90,11 @@ class _SocketHandler(logging.Handler):
         self._sock = sock
         self._encode = msgspec.msgpack.Encoder().encode
 
+    def close(self) -> None:
+        """Close the socket too: a forked cell has another one."""
+        self._sock.close()
+        super().close()
+
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if record.exc_info:
@@ -95,17 +120,17 @@ def _failure(call_id: int, error: Exception) -> Failure:
     return Failure(id=call_id, kind=type(error).__name__, message=str(error)[:_MESSAGE_MAX])
 
 
-def _load(start: Start, room: Room) -> Service:
-    module, _, name = start.target.partition(":")
-    service: Service = getattr(importlib.import_module(module), name)(start.config, room)
-    return service
+def find(target: str) -> Any:
+    """What ``"package.module:name"`` names."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class _Loop:
     """Calls and their replies; inside a call, questions and their answers."""
 
-    def __init__(self, channel: Channel, arena: Arena) -> None:
-        self._channel, self._arena = channel, arena
+    def __init__(self, channel: Channel, arena: Arena, preloaded: Any) -> None:
+        self._channel, self._arena, self._preloaded = channel, arena, preloaded
         self._recorder = arena.recorder()
         self._encode = msgspec.msgpack.Encoder().encode
         self._calls: list[int] = []  # being handled; more than one while a question is open
@@ -117,7 +142,7 @@ class _Loop:
         try:
             with self._recorder.phase("start"):
                 room = Room(self._arena, self._channel.sock, self._recorder, self.ask)
-                self._service = _load(start, room)
+                self._service: Service = find(start.target)(start.config, room, self._preloaded)
             self._channel.send(Ready(msgspec.Raw(self._encode(self._service.info()))))
         except Exception as error:
             logging.getLogger(__name__).debug("start failed", exc_info=True)
@@ -157,20 +182,39 @@ class _Loop:
             self._calls.pop()
 
 
-def main() -> None:
-    """Entry point: arm first, so that even a crashing import is held."""
-    sock_fd, log_fd, fault_fd, parent_fd, arena_fd = (int(n) for n in sys.argv[1:6])
+def live(ends: Sequence[int], supervisor: int, preloaded: Any = None) -> NoReturn:
+    """Be a cell. Armed first, so that even a crashing import is held.
+
+    Args:
+        ends: The descriptors of `crumplezone.sandbox.launch.Ends`, but for the last.
+        supervisor: Its process id.
+        preloaded: Given to the target.
+    """
+    sock_fd, log_fd, fault_fd, parent_fd, arena_fd = ends
     die_with(parent_fd)
-    hold_on_fault(fault_fd)
+    hold_on_fault(fault_fd, supervisor)
     threading.current_thread().name = "cell"
     handler = _SocketHandler(socket.socket(fileno=log_fd))
-    logging.basicConfig(level=logging.DEBUG, handlers=[handler])
+    logging.basicConfig(level=logging.DEBUG, handlers=[handler], force=True)
     channel = Channel(socket.socket(fileno=sock_fd), FromSupervisor)
     with contextlib.suppress(ChannelClosed):
-        _Loop(channel, Arena(arena_fd)).serve()
+        _Loop(channel, Arena(arena_fd), preloaded).serve()
     # Native libraries' destructors and atexit handlers can crash or hang: there is nothing left to save.
     os._exit(0)
 
 
+def main() -> NoReturn:
+    """Entry point."""
+    supervisor = os.getppid()
+    ends, preloaded, lives = [int(fd) for fd in sys.argv[1:6]], None, []
+    while True:
+        try:
+            live(ends, supervisor, preloaded)
+        except Reborn as reborn:
+            lives.append(reborn)
+            ends, preloaded = list(reborn.ends), reborn.preloaded
+
+
 if __name__ == "__main__":
-    main()
+    # In the module that services import: `Reborn` of the module `__main__` would be another class.
+    find("crumplezone.sandbox.child:main")()

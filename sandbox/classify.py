@@ -8,7 +8,10 @@ import signal
 from crumplezone.reports.schema import Assertion, Exit, Fault
 from crumplezone.sandbox.pressure import killed_for_memory
 
-TAKEN = "its exit status was taken by somebody else: SIGCHLD is ignored here, or any child waited for"
+TAKEN = (
+    "its exit status is not known: it went with the zygote, or was taken by somebody else (SIGCHLD is "
+    "ignored here, or any child waited for)"
+)
 _BY_NATIVE_CODE = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 
 _GGML = re.compile(r"^(?P<file>[^\n]*?):(?P<line>\d+): (?P<text>.*)$", re.DOTALL)
@@ -50,16 +53,17 @@ def classify(
     """How a cell ended that nobody here ended, and what that rests on.
 
     Args:
-        returncode: As in subprocess; None if somebody else took it.
+        returncode: As in subprocess; None if nobody can tell it any more.
         fault: The fatal signal, if there was one.
-        phase: "start" or "call".
+        phase: "start", "call" or "idle".
         kills: The kernel's counters of OOM kills, at the cell's start and at its end.
         pid: The cell's process id.
     """
     if fault is None and returncode is not None:
         if phase == "start":
             return Exit.FAILED_START, f"exited with status {returncode} before it was ready"
-        return Exit.NATIVE_EXIT, f"exit({returncode}) in the middle of a request"
+        when = "while it waited" if phase == "idle" else "in the middle of a request"
+        return Exit.NATIVE_EXIT, f"exit({returncode}) {when}"
     by_kill = fault is None or fault.signal == signal.SIGKILL
     if by_kill and (counter := killed_for_memory(*kills)):
         before, after = kills[0].get(counter, 0), kills[1][counter]

@@ -1,19 +1,22 @@
-"""Start a cell's process. `spawn` is the seam for other ways to start one (a zygote)."""
+"""A cell's process and the lines to it. `launch` makes the lines; who starts the process is its argument."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from crumplezone.reports.schema import Step
 from crumplezone.sandbox.arena import Arena
@@ -55,40 +58,56 @@ def _close_in_fork() -> None:
 os.register_at_fork(after_in_child=_close_in_fork)
 
 
+class Ends(NamedTuple):
+    """The child's ends, in the order in which it is given them."""
+
+    sock: int
+    log: int
+    fault: int
+    parent: int
+    arena: int
+    output: int  # its stdout and stderr
+
+
+class Child(NamedTuple):
+    """A process that was started, and how to reap it.
+
+    Attributes:
+        reap: Called once, when it has ended: its return code as in subprocess, or None if it cannot be had.
+    """
+
+    pid: int
+    pidfd: int
+    reap: Callable[[], int | None]
+
+
 @dataclass
 class Process:
     """A started cell: its process, the lines to it, and what the system refused on the way.
 
     Attributes:
-        returncode: As in subprocess, once it is reaped; None if somebody else took its exit status.
+        pid: Process id; the cell also leads a process group of this id.
+        returncode: As in subprocess, once it is reaped; None if nobody can tell it any more.
     """
 
-    popen: subprocess.Popen[bytes]
+    pid: int
     pidfd: int
+    reap: Callable[[], int | None]
     lines: Lines
     refused: list[Step] = field(default_factory=list)
     returncode: int | None = None
-
-    @property
-    def pid(self) -> int:
-        """Process id; the cell also leads a process group of this id."""
-        return self.popen.pid
+    _reaped: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def ended(self) -> bool:
         """Whether it has come to its end, reaped or not."""
-        poller = select.poll()
-        poller.register(self.pidfd, select.POLLIN)
-        return self._reaped or bool(poller.poll(0))
-
-    @property
-    def _reaped(self) -> bool:
-        return self.popen.returncode is not None
+        return self._reaped or _wait(self.pidfd, 0)
 
     def signal(self, signum: int) -> None:
         """Signal the cell if it has not been reaped."""
-        if not self._reaped:
-            with contextlib.suppress(ProcessLookupError):
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if not self._reaped:
                 # Popen.send_signal would reap a dead leader, and its group could no longer be killed.
                 signal.pidfd_send_signal(self.pidfd, signum)
 
@@ -99,8 +118,10 @@ class Process:
                 # Once anybody has reaped it, its id can be another group's: this then finds no process.
                 signal.pidfd_send_signal(self.pidfd, 0)
                 os.killpg(self.pid, signal.SIGKILL)
-            self.returncode = _reap(self.pidfd)
-            self.popen.returncode = self.returncode or 0  # Popen must not wait for it again
+            _wait(self.pidfd)
+            self.returncode = self.reap()
+            with self._lock:
+                self._reaped = True
         return self.returncode
 
     def close(self) -> None:
@@ -112,13 +133,61 @@ class Process:
             self.pidfd = -1
 
 
-def _reap(pidfd: int) -> int | None:
+def _wait(pidfd: int, timeout_ms: int | None = None) -> bool:
+    """Whether a process has ended, within some time."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(timeout_ms))
+
+
+def reap_own(pidfd: int) -> int | None:
+    """Reap a child of this process that has ended; its return code, or None if somebody else took it."""
     try:
         status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     except ChildProcessError:  # SIGCHLD is ignored in this process, or another part of it waits for any child
         return None
     assert status is not None
+    return returncode(status)
+
+
+def returncode(status: os.waitid_result) -> int:
+    """The return code of a process that has ended, as in subprocess."""
     return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+
+
+class Starter:
+    """Starts processes until it is stopped; one that is not ready by then is killed, and its start fails.
+
+    Args:
+        start: Starts one, given what is added to its environment.
+    """
+
+    def __init__(self, start: Callable[[Mapping[str, str]], Process]) -> None:
+        self._start = start
+        self._lock = threading.RLock()  # the collector may call `stop` in the middle of anything
+        self._starting: Process | None = None
+        self._stopped = False
+
+    def __call__(self, env: Mapping[str, str]) -> Process:
+        """Start one."""
+        process = self._start(env)
+        with self._lock:
+            self._starting = process
+            if self._stopped:
+                process.signal(signal.SIGKILL)
+        return process
+
+    def ready(self) -> None:
+        """The latest one is ready: `stop` leaves it alone."""
+        with self._lock:
+            self._starting = None
+
+    def stop(self) -> None:
+        """Start no more. Idempotent, and thread-safe."""
+        with self._lock:
+            self._stopped = True
+            if self._starting:
+                self._starting.signal(signal.SIGKILL)
 
 
 def _fault_pipe() -> tuple[int, int, list[Step]]:
@@ -143,7 +212,8 @@ def import_path() -> str:
     return os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
 
 
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a cell."""
     return {
         **os.environ,
         "PYTHONPATH": import_path(),
@@ -167,8 +237,11 @@ def _stdio_taken() -> Iterator[None]:
         yield
 
 
-def spawn(env: Mapping[str, str]) -> Process:
-    """Start a child that runs `crumplezone.sandbox.child`.
+def launch(start: Callable[[Ends], Child]) -> Process:
+    """Make the lines to a new process, and have it started with its ends of them.
+
+    Args:
+        start: Starts it. The ends are closed here when it returns; what it raises closes everything.
 
     Raises:
         OSError: The process or one of its descriptors could not be made.
@@ -188,12 +261,12 @@ def spawn(env: Mapping[str, str]) -> Process:
         child_ends.callback(os.close, err_write)
         arena = Arena()
         ours.callback(arena.close)
-        fds = (child_sock.fileno(), child_log.fileno(), fault_write, parent_read, arena.fd)
-        popen, pidfd = _start(fds, err_write, env)
+        ends = Ends(child_sock.fileno(), child_log.fileno(), fault_write, parent_read, arena.fd, err_write)
+        pid, pidfd, reap = start(ends)
         lines = Lines(sock, log, fault_read, parent_write, err_read, arena)
         _open_lines.add(lines)
         ours.pop_all()
-        return Process(popen, pidfd, lines, refused)
+        return Process(pid, pidfd, reap, lines, refused)
 
 
 def _sockets(
@@ -205,19 +278,39 @@ def _sockets(
     return pair
 
 
-def _start(fds: Sequence[int], output: int, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+def spawn(env: Mapping[str, str]) -> Process:
+    """Start a new interpreter that runs `crumplezone.sandbox.child`.
+
+    Args:
+        env: Added to its environment.
+
+    Raises:
+        OSError: The process or one of its descriptors could not be made.
+    """
+    return launch(functools.partial(_execute, env))
+
+
+def _execute(env: Mapping[str, str], ends: Ends) -> Child:
+    *fds, output = ends
     popen = subprocess.Popen(
         [sys.executable, "-P", "-m", "crumplezone.sandbox.child", *map(str, fds)],
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         stdout=output,  # native code that prints must not write into the caller's output
         stderr=output,
-        env=_environment(env),
+        env=environment(env),
         process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
     )
     try:
-        return popen, os.pidfd_open(popen.pid)
+        pidfd = os.pidfd_open(popen.pid)
     except BaseException:
         popen.kill()
         popen.wait()
         raise
+
+    def reap() -> int | None:
+        code = reap_own(pidfd)
+        popen.returncode = code or 0  # Popen must not wait for it again
+        return code
+
+    return Child(popen.pid, pidfd, reap)

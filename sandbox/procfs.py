@@ -76,6 +76,20 @@ def threads(pid: int) -> list[int]:
     )
 
 
+def states(pid: int) -> set[str]:
+    """The states that the threads of a process are in: "R", "S", "T", ... (proc_pid_stat(5))."""
+    found = set()
+    for tid in threads(pid):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found.add(stat_fields(f"{pid}/task/{tid}")[0])
+    return found
+
+
+def stat_fields(place: str) -> list[str]:
+    """The fields of /proc/PLACE/stat from the third on. The second is a name that may hold anything."""
+    return read_text(f"/proc/{place}/stat").rpartition(")")[2].split()
+
+
 def current_calls(pid: int) -> dict[int, Call | None]:
     """The system call that each thread is in, None while it runs; the main thread comes first.
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import msgspec
 
-from crumplezone.sandbox.child import Room
-
 TARGET = f"{__name__}:ScriptCell"
 
 
@@ -35,12 +33,11 @@ class ScriptCell:
 
     Args:
         config: An encoded `ScriptConfig`.
-        room: Not used.
     """
 
     request_type: Any = RunScript
 
-    def __init__(self, config: msgspec.Raw, room: Room) -> None:  # noqa: ARG002 - every service gets one
+    def __init__(self, config: msgspec.Raw, *_: object) -> None:
         self._config = msgspec.msgpack.decode(config, type=ScriptConfig)
 
     def info(self) -> ScriptConfig:

@@ -55,9 +55,13 @@ def make(store: Store) -> Iterator[Open]:
     """Make decoders that are closed after the test. One thread: on busy machines OpenMP's spin for long."""
     made: list[Decoder] = []
 
-    def open_decoder(model: Path, n_seq: int = 4, n_ctx_seq: int = 256, **options: Any) -> Decoder:
+    def open_decoder(
+        model: Path, n_seq: int = 4, n_ctx_seq: int = 256, *, awake: bool = True, **options: Any
+    ) -> Decoder:
         settings: dict[str, Any] = {"n_threads": 1, "reports": store.directory} | options
         made.append(Decoder(model, n_ctx=n_ctx_seq * n_seq, n_seq_max=n_seq, **settings))
+        if awake:
+            made[-1].tokenize("a")  # have its cell running
         return made[-1]
 
     yield open_decoder

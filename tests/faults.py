@@ -11,8 +11,6 @@ from typing import Any
 
 import msgspec
 
-from crumplezone.sandbox.child import Room
-
 KINDS = (
     *("null", "abort", "stack overflow", "double free", "division", "illegal instruction", "terminate"),
     *("jump to null", "truncated file", "non-canonical", "smashed stack", "write to read-only"),
@@ -59,7 +57,7 @@ class Faults:
 
     request_type: Any = Crash
 
-    def __init__(self, config: msgspec.Raw, room: Room) -> None:  # noqa: ARG002 - as the child calls targets
+    def __init__(self, config: msgspec.Raw, *_: object) -> None:
         decoded = msgspec.msgpack.decode(config, type=Config)
         if decoded.preload:
             __import__(decoded.preload)

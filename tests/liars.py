@@ -1,12 +1,14 @@
-"""A llama.cpp cell that answers in the right form, but with things that cannot be."""
+"""A llama.cpp cell, and a zygote, that answer in the right form, but with things that cannot be."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import msgspec
 
+from crumplezone.sandbox.nursery import Fork, Forked, Nursery
 from crumplezone.workers.native import LlamaCell
 from crumplezone.workers.protocol import Generated, Progress, Request, Tokenize, Tokenized
 
@@ -24,7 +26,9 @@ class Liar(LlamaCell):
         if isinstance(request, Tokenize) and lie == "tokens":
             told = Tokenized(request.n_bytes + 17)
         elif isinstance(told, Generated) and lie not in ("", "tokens"):
-            told = Generated(0, getattr(self, lie)(told.progress))
+            truth, told = told, Generated(0, getattr(self, lie)(told.progress))
+            if told == truth:
+                return told
         else:
             return told
         if how_often != "always":
@@ -51,3 +55,19 @@ class Liar(LlamaCell):
 
     def no_token(self, told: list[Progress]) -> list[Progress]:
         return [Progress(each.seq_id, [128], b"") for each in told]
+
+
+class Changeling(Nursery):
+    """A zygote that once names another process than the one it forked, or dies before it names any."""
+
+    def _fork(self, request: Fork) -> Forked:
+        forked = super()._fork(request)
+        file = Path(os.environ[VARIABLE])
+        lie = file.read_text()
+        file.write_text("")
+        if not lie:
+            return forked
+        file.with_suffix(".forked").write_text(str(forked.pid))
+        if lie == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Forked(int(lie))

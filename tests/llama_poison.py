@@ -29,7 +29,7 @@ class Dose(msgspec.Struct, frozen=True):
 class PoisonHost(LlamaHost):
     """A `LlamaHost` with a `Dose`."""
 
-    def __init__(self, config: msgspec.Raw, room: Room) -> None:
+    def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:
         super().__init__(config, room)
         dose = msgspec.json.decode(os.environ[VARIABLE], type=Dose)
         context: Any = self._llama._ctx

@@ -27,7 +27,10 @@ class Config(msgspec.Struct):
 
 
 class Info(msgspec.Struct):
+    """``seed`` is the process id of the zygote that handed over its seed."""
+
     pid: int
+    seed: int = 0
 
 
 class Stunt(msgspec.Struct, tag="stunt"):
@@ -77,11 +80,11 @@ def _stack_overflow() -> None:
 
 
 def _ggml_abort(room: Room) -> None:
-    from crumplezone.workers import native
+    from crumplezone.workers import native_model
 
-    voices = native.Voices(room)  # the callback must outlive the abort
+    voices = native_model.Voices(room)  # the callback must outlive the abort
     assert voices.last_error == ""
-    native.ggml().ggml_abort(b"stunts.py", 7, b"GGML_ASSERT(%s) failed", b"stunt == double")
+    native_model.ggml().ggml_abort(b"stunts.py", 7, b"GGML_ASSERT(%s) failed", b"stunt == double")
 
 
 def _terminate() -> None:
@@ -137,19 +140,29 @@ def _shout() -> None:
         log.send(msgspec.msgpack.encode(LogLine("stunts.voice", 10, "A" * 100_000, 0.0)))
 
 
+def _thread() -> None:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+
+def _log_and_hang() -> None:
+    _log()
+    _hang()
+
+
 class Double:
-    """Serves `Stunt` requests."""
+    """Serves `Stunt` requests. It can be the seed of a zygote too."""
 
     request_type: Any = Stunt
 
-    def __init__(self, config: msgspec.Raw, room: Room) -> None:
-        self._room = room
+    def __init__(self, config: msgspec.Raw, room: Room, seed: Double | None = None) -> None:
+        self.pid: int = os.getpid()
+        self._room, self._seed = room, seed.pid if seed else 0
         at_start = msgspec.msgpack.decode(config, type=Config).at_start
         if at_start:
             self.handle(Stunt(at_start))
 
     def info(self) -> Info:
-        return Info(os.getpid())
+        return Info(os.getpid(), self._seed)
 
     def handle(self, request: Stunt) -> Echo:
         with self._room.recorder.phase("stunt", request.amount):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -62,9 +63,24 @@ def assert_equal_logits(one: Result, other: Result) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2)
 
 
-def kill(decoder: Decoder) -> None:
-    assert decoder.pid is not None
-    os.kill(decoder.pid, signal.SIGKILL)
+def wait_for_end(pid: int, timeout: float = 10) -> bool:
+    """Whether a process ends in time; one that is gone has."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], timeout)[0])
+    finally:
+        os.close(pidfd)
+
+
+def kill(process: Decoder | int | None) -> None:
+    """SIGKILL a process, or a decoder's cell, and wait for its end."""
+    pid = process.pid if isinstance(process, Decoder) else process
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for_end(pid)
 
 
 def say(decoder: Decoder, seq_id: int, *tokens: int) -> npt.NDArray[np.float32]:

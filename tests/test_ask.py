@@ -31,7 +31,7 @@ class Curious:
 
     request_type: Any = Wonder
 
-    def __init__(self, config: msgspec.Raw, room: Room) -> None:  # noqa: ARG002 - as the child calls targets
+    def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:  # noqa: ARG002 - as targets
         self._ask = room.ask
 
     def info(self) -> Number:

@@ -143,7 +143,7 @@ def test_exceptions_in_the_child_leave_it_alive() -> None:
 
 def test_arena_carries_arrays_both_ways_and_grows() -> None:
     cell = Cell(spec())
-    for count in (10, 100_000):
+    for count in (10, 10, 100_000, 10):  # the same cut again, and one from before it grew
         (numbers,) = cell.arena.arrays([("i4", count)])
         numbers[:] = range(count)
         cell.call(Stunt("arena", count), Echo, 30)

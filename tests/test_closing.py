@@ -39,13 +39,13 @@ def ask_while(close: Callable[[], None], call: Callable[[], object]) -> BaseExce
 
 
 def test_a_decoder_closed_in_the_middle_of_a_generation_frees_who_waits(tiny: Path, make: Open) -> None:
-    decoder = make(tiny, 2)
-    generation = decoder.generate(["ab", "bc", "cd"], max_tokens=2)
+    decoder = make(tiny, 1)
+    generation = decoder.generate([f"prompt {n}" for n in range(50)], max_tokens=200)
     next(generation)
-    error = ask_while(decoder.close, lambda: decoder.tokenize("x"))
+    error = ask_while(decoder.close, lambda: list(decoder.generate(["waits behind them"])))
     assert isinstance(error, UsageError)
     assert "closed" in str(error)
-    del generation
+    generation.close()
 
 
 def test_a_llama_closed_in_the_middle_of_a_stream_frees_who_waits(tiny: Path, tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_bad_batches_are_refused_and_cost_nothing(tiny: Path, make: Open, store:
 
 
 @pytest.mark.parametrize(
-    "options", [{"n_seq_max": 0}, {"n_seq_max": 257}, {"n_batch": 0}, {"n_ubatch": 0}, {"n_threads": -1}]
+    "options", [{"n_seq_max": -1}, {"n_seq_max": 257}, {"n_batch": 0}, {"n_ubatch": 0}, {"n_threads": -1}]
 )
 def test_bad_parameters(options: dict[str, int], tiny: Path) -> None:
     with pytest.raises(InputError, match=next(iter(options))):

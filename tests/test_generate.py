@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crumplezone import Batch, Completion, Decoder, Rung
+from crumplezone import Completion, Decoder, Rung
 from crumplezone.errors import (
     CrumplezoneError,
     InputError,
@@ -50,9 +50,8 @@ def test_unordered_generate_yields_every_prompt(tiny: Path, make: Open) -> None:
 
 def test_bad_prompts(tiny: Path, make: Open) -> None:
     decoder = make(tiny, 2)
-    for prompts in (["a", ""], ["a", None], [b"bytes"]):
-        with pytest.raises(InputError, match="prompts"):
-            decoder.generate(prompts)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="prompts"):
+        decoder.generate("a text is no list of texts")
     for options in ({"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"seed": -1}):
         with pytest.raises(InputError):
             decoder.generate(["a"], **options)
@@ -107,7 +106,8 @@ def test_sampled_text_is_the_same_with_a_crash_in_the_middle(
     decoder = make(tiny)
     disturbed = sampled(decoder)
     assert outcome(disturbed) == outcome(undisturbed)
-    assert Rung.SAFE in {c.rung for c in disturbed}
+    assert any(c.reports for c in disturbed)
+    assert {c.rung for c in disturbed} == {Rung.NATIVE}  # each is back with the others
     assert len(reports_of(decoder, store)) == 1
     assert len({c.text for c in undisturbed}) == 8
 
@@ -143,25 +143,21 @@ def test_a_prompt_is_not_blamed_for_a_cell_that_was_killed_before_it(tiny: Path,
 # --- out of turn
 
 
-def test_a_second_call_inside_a_running_generate(tiny: Path, make: Open) -> None:
+def test_an_abandoned_generation_leaves_no_trace(tiny: Path, make: Open) -> None:
     decoder = make(tiny, 2)
     whole = list(decoder.generate(PROMPTS, max_tokens=8))
-    running = decoder.generate(PROMPTS, max_tokens=8)
-    first = next(running)
-    with pytest.raises(UsageError, match="still running"):
-        decoder.decode(Batch.of([[1]]))
-    assert [first, *running] == whole
     abandoned = decoder.generate(PROMPTS, max_tokens=8)
     next(abandoned)
-    abandoned.close()  # type: ignore[attr-defined]
+    abandoned.close()
     assert list(decoder.generate(PROMPTS, max_tokens=8)) == whole
 
 
 def test_close_ends_a_suspended_generation(tiny: Path, make: Open) -> None:
     decoder = make(tiny, 1)
-    completions = decoder.generate(["aa", "bb", "cc"], max_tokens=4)
+    completions = decoder.generate([f"prompt {n}" for n in range(9)], max_tokens=4)
     next(completions)
     decoder.close()
-    assert list(completions) == []
+    with pytest.raises(UsageError, match="closed"):
+        list(completions)
     with pytest.raises(UsageError):
         decoder.tokenize("x")

@@ -33,8 +33,6 @@ def test_journal_and_memory_agree(model: Path, make: Open, dose: Dose, tmp_path:
     for each in (decoder, reference):
         each.decode(Batch.of([TOKENS]))
     kill(decoder)
-    with pytest.raises(BatchError, match="died"):  # without a fallback, this call is lost and nothing else
-        say(decoder, 0, 9)
     for seq_id in range(2):
         ours, theirs = say(decoder, seq_id, 9), say(reference, seq_id, 9)
         assert abs(ours - theirs).max() < 1e-2

@@ -18,7 +18,11 @@ ALLOWED = {
     "diagnostics": {"reports", "sandbox", "workers"},
 }
 CHILD_SIDE = {
-    f"workers/{name}.py" for name in ("native", "engine", "native_memory", "llama_cell", "llama_hosted")
+    f"workers/{name}.py"
+    for name in (
+        *("native", "native_memory", "native_model", "native_embed", "native_width"),
+        *("engine", "prefix", "sampler", "llama_cell", "llama_hosted"),
+    )
 }
 
 

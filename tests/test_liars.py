@@ -46,7 +46,7 @@ def test_a_lie_costs_the_cell_and_no_prompt(tiny: Path, make: Open, store: Store
         tell(lie)
         completions = list(decoder.generate(PROMPTS[:2], max_tokens=8))
         assert outcome(completions) == outcome(honest)
-        assert [(c.rung, c.error) for c in completions] == [(Rung.SAFE, None)] * 2
+        assert [(c.error, bool(c.reports)) for c in completions] == [(None, True)] * 2
     evidence = [report.evidence for report in reports_of(decoder, store)]
     assert {each.exit for each in evidence} == {Exit.PROTOCOL}
     found = [f"the cell {problem}; killed by the supervisor" for problem in LIES.values()]
@@ -69,7 +69,7 @@ def test_a_cell_that_always_lies_ends(tiny: Path, make: Open, store: Store, tell
 
 def test_more_tokens_than_a_text_can_have(tiny: Path, make: Open, store: Store, tell: Tell) -> None:
     tell("tokens always")
-    decoder = make(tiny, 2, deadline=30)
+    decoder = make(tiny, 2, deadline=30, awake=False)
     (completion,) = decoder.generate(["abc"], max_tokens=8)
     assert isinstance(completion.error, SequenceError)
     written = reports_of(decoder, store)

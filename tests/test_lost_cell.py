@@ -32,12 +32,18 @@ def generate(decoder: Decoder) -> list[Completion]:
     return list(decoder.generate(PROMPTS, max_tokens=20))
 
 
+def awake(decoder: Decoder) -> Decoder:
+    """With its lane's cell running."""
+    assert next(decoder.generate(["a"], max_tokens=1)).error is None
+    return decoder
+
+
 def test_prompts_in_flight_and_in_the_queue_get_an_error(
     model: Path, make: Open, store: Store, dose: Dose, tmp_path: Path
 ) -> None:
     undisturbed = generate(make(model, 2))
     dose(Poison(position=31, once=str(tmp_path / "crashed")))
-    decoder = make(model, 2)
+    decoder = awake(make(model, 2, start="spawn"))
     model.unlink()
     completions = generate(decoder)
     assert outcome(completions[:2]) == outcome(undisturbed[:2])
@@ -49,7 +55,7 @@ def test_prompts_in_flight_and_in_the_queue_get_an_error(
         assert lost.finish_reason == "error"
         assert lost.tokens == whole.tokens[: len(lost.tokens)]
         assert whole.text.startswith(lost.text)
-    assert [len(lost.tokens) for lost in completions[2:]] == [16, 16, 0]
+    assert [0 < len(lost.tokens) < 20 for lost in completions[2:]] == [True, True, False]
     (report,) = reports_of(decoder, store)
     assert report.evidence.exit == Exit.SIGNAL
     assert report.blamed == []
@@ -57,7 +63,7 @@ def test_prompts_in_flight_and_in_the_queue_get_an_error(
 
 
 def test_the_memory_waits_until_the_model_is_there_again(model: Path, make: Open) -> None:
-    undisturbed, decoder = make(model, 2), make(model, 2)
+    undisturbed, decoder = make(model, 2), make(model, 2, start="spawn")
     for each in (undisturbed, decoder):
         each.decode(BATCH)
     elsewhere = model.rename(model.with_suffix(".moved"))
@@ -76,12 +82,13 @@ def test_without_fallback_the_error_says_what_is_missing(
     model: Path, make: Open, dose: Dose, tmp_path: Path
 ) -> None:
     dose(Poison(position=31, once=str(tmp_path / "crashed")))
-    decoder = make(model, 2, safe_fallback=False)
+    decoder = awake(make(model, 2, start="spawn", safe_fallback=False))
     model.unlink()
     completions = generate(decoder)
     assert [c.error is None for c in completions] == [True, True, False, False, False]
-    assert [len(c.tokens) for c in completions[2:]] == [16, 16, 0]
+    assert [0 < len(c.tokens) < 20 for c in completions[2:]] == [True, True, False]
     assert "cannot be read" in str(completions[4].error)
+    kill(decoder)
     with pytest.raises(BatchError, match=r"model\.gguf: cannot be read") as caught:
         decoder.decode(BATCH)
     assert caught.value.report is None
@@ -90,7 +97,7 @@ def test_without_fallback_the_error_says_what_is_missing(
 
 
 def test_a_model_that_shrinks_under_its_cell(model: Path, make: Open, store: Store) -> None:
-    decoder = make(model, 2)
+    decoder = awake(make(model, 2, start="spawn"))
     whole = model.read_bytes()
     os.truncate(model, len(whole) - 40_000)  # its pages are gone from the running cell too: SIGBUS
     completions = generate(decoder)
@@ -100,14 +107,14 @@ def test_a_model_that_shrinks_under_its_cell(model: Path, make: Open, store: Sto
     assert report.evidence.fault is not None
     assert report.evidence.fault.name == "SIGBUS"
     result = decoder.decode(BATCH)
-    assert result.reports == []
+    assert len(result.reports) == 1  # of the cell that held the memory
     assert list(result.errors) == [0, 1]
     model.write_bytes(whole)
     assert decoder.decode(BATCH).rung(0) == Rung.NATIVE
 
 
 def test_a_machine_without_descriptors(tiny: Path, make: Open) -> None:
-    decoder = make(tiny, 2)
+    decoder = make(tiny, 2, spares=0)
     reference = decoder.decode(BATCH)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     kill(decoder)

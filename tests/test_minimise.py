@@ -124,7 +124,7 @@ def test_a_flaky_crash_is_measured_and_tried_often_enough(
 ) -> None:
     marker = tmp_path / "every second"
     dose(Poison(once=str(marker)), "tests.test_minimise:EverySecondCell")
-    (report,) = record(tiny, lambda decoder: decoder.decode(Batch.of([[4, 5]])), n_seq=1)
+    (report,) = record(tiny, lambda decoder: decoder.decode(Batch.of([[4, 5]])), n_seq=1, spares=0)
     marker.unlink(missing_ok=True)
 
     def stop(_: Minimised) -> None:

@@ -187,7 +187,7 @@ GENERATING = BatchRecord([], [], [], [], "generate", 8, generating=[Generating(0
         ),
         (
             "batch.generating[0].seed",
-            {"batch": replace(GENERATING, generating=[Generating(0, [1], 4, 0.5, -1)])},
+            {"batch": replace(GENERATING, generating=[Generating(0, [1], 4, seed=-1)])},
         ),
     ],
 )

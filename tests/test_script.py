@@ -175,8 +175,8 @@ def test_a_generation_goes_on_where_it_was(
     def generate(decoder: Decoder) -> None:
         list(decoder.generate(prompts, max_tokens=60, temperature=temperature, seed=7))
 
-    dose(Poison(position=60, min_sequences=2))
-    (report,) = record(tiny, generate)
+    dose(Poison(position=66, min_sequences=2))  # in the middle of a group of calls
+    report, *_ = record(tiny, generate)  # the next one is of those that go on together
     assert report.batch is not None
     assert {each.seq_id for each in report.batch.generating} >= set(report.batch.seq_ids)
     assert any(len(each.tokens) > len(prompts[2]) + 1 for each in report.batch.generating)

@@ -186,7 +186,7 @@ def test_a_memory_that_kills_every_cell_is_lost_once(
     tiny: Path, make: Open, store: Store, dose: Dose
 ) -> None:
     dose(Poison(token=127))
-    decoder = make(tiny)
+    decoder = make(tiny, spares=0)
     say(decoder, 0, *WORDS)
     say(decoder, 1, 42)
     dose(Poison(token=42))  # of the cells to come
@@ -202,7 +202,7 @@ def test_a_memory_that_kills_every_cell_is_lost_once(
 
 def test_a_memory_that_is_lost_in_the_middle_of_a_decode(tiny: Path, make: Open, dose: Dose) -> None:
     dose(Poison(token=127))
-    decoder = make(tiny)
+    decoder = make(tiny, spares=0)
     say(decoder, 1, 42)
     dose(Poison(token=42))
     kill(decoder)

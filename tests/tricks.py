@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -17,8 +18,10 @@ from crumplezone.errors import CellDied
 from crumplezone.reports.schema import Evidence, Step
 from crumplezone.sandbox.cell import Cell, CellSpec
 from crumplezone.sandbox.child import Room
+from crumplezone.sandbox.launch import Process, spawn
 
 TARGET = f"{__name__}:Tricks"
+Start = Callable[[Mapping[str, str]], Process]
 
 
 class Config(msgspec.Struct):
@@ -46,7 +49,7 @@ class Tricks:
 
     request_type: Any = Trick
 
-    def __init__(self, config: msgspec.Raw, room: Room) -> None:
+    def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:
         self._room = room
         self._library = ctypes.CDLL(msgspec.msgpack.decode(config, type=Config).library or None)
 
@@ -59,9 +62,11 @@ class Tricks:
         return Done(os.getpid())
 
 
-def perform(code: str, deadline: float = 30, config: Config | None = None, **options: Any) -> Evidence:
+def perform(
+    code: str, deadline: float = 30, config: Config | None = None, start: Start = spawn, **options: Any
+) -> Evidence:
     """The evidence of a cell that the code ends."""
-    cell = Cell(CellSpec(TARGET, config or Config(), start_deadline=60, **options))
+    cell = Cell(CellSpec(TARGET, config or Config(), start_deadline=60, **options), start)
     try:
         cell.call(Trick(code), Done, deadline)
     except CellDied as died:

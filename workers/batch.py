@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,9 @@ from crumplezone.errors import (
     TokenError,
     check_integer,
 )
-from crumplezone.workers.columns import LLAMA_MAX_SEQ, UNSET, Bool, Columns, Int32, infer_positions
+from crumplezone.workers.columns import LLAMA_MAX_SEQ, UNSET, Columns, Float32, Int32, infer_positions
 
 _INT32_MAX = 2**31 - 1
-_FIRST_ROOM = 64  # tokens; doubled whenever it is full
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 Outputs = Literal["last", "all", "none"]
@@ -78,11 +77,11 @@ class Batch:
 
     def clear(self) -> None:
         """Take everything out."""
-        embd = ("embd", "f4", (self.n_embd,))
-        self._rows = np.empty(
-            0, [("token", "i4"), embd, ("position", "i4"), ("seq_id", "i4"), ("output", "?")]
-        )
-        self._used = 0
+        self._tokens: list[int] = []
+        self._vectors: list[Float32] = []  # in their place
+        self._positions: list[int] = []
+        self._seq_ids: list[int] = []  # of each, the first
+        self._outputs: list[bool] = []
         self._shared: dict[int, list[int]] = {}  # by index, the sequences that `add_seq` added
 
     def add_token(self, seq_id: int, token: int, pos: int | None = None, output: bool = False) -> int:
@@ -104,7 +103,7 @@ class Batch:
             PositionError: The position is no int32.
         """
         check_integer("token", token, -_INT32_MAX - 1, _INT32_MAX, error=TokenError)
-        return self._append(seq_id, "token", np.array([token]), pos, bool(output))
+        return self._append(seq_id, [int(token)], [], pos, bool(output))
 
     def add_embd(
         self, seq_id: int, vector: npt.ArrayLike, pos: int | None = None, output: bool = False
@@ -127,7 +126,7 @@ class Batch:
         if not np.isfinite(floats).all():
             i = int(np.isfinite(floats).argmin())
             raise TokenError(f"vector[{i}]", float(floats[i]), "must be a finite float32")
-        return self._append(seq_id, "embd", floats[np.newaxis], pos, bool(output))
+        return self._append(seq_id, [], [floats.copy()], pos, bool(output))
 
     def add_sequence(self, seq_id: int, tokens: Tokens, output: Outputs = "last") -> None:
         """Add tokens at the end of a sequence, be it new in this batch or not.
@@ -142,10 +141,8 @@ class Batch:
         """
         if output not in ("last", "all", "none"):
             raise InputError("output", output, "must be 'last', 'all' or 'none'")
-        array = _checked_tokens(tokens, seq_id)
-        outputs = np.full(len(array), output == "all")
-        outputs[-1] = output != "none"
-        self._append(seq_id, "token", array, None, outputs)
+        last = self._append(seq_id, _checked_tokens(tokens, seq_id), [], None, output == "all")
+        self._outputs[last] = output != "none"
 
     def add_seq(self, index: int, seq_id: int) -> None:
         """Let a token belong to one more sequence, at the same position.
@@ -156,17 +153,17 @@ class Batch:
         self._check_index(index)
         self._check_sequence(seq_id)
         shared = self._shared.setdefault(int(index), [])
-        if seq_id != self._rows["seq_id"][index] and seq_id not in shared:
+        if seq_id != self._seq_ids[index] and seq_id not in shared:
             shared.append(int(seq_id))
 
     def set_output(self, index: int, output: bool = True) -> None:
         """Say whether a row of results is wanted for a token."""
         self._check_index(index)
-        self._rows["output"][index] = output
+        self._outputs[index] = bool(output)
 
     def set_output_last(self) -> None:
         """Ask for a row of results for the token that was added last."""
-        self.set_output(self._used - 1)
+        self.set_output(len(self) - 1)
 
     def set_pos(self, index: int, pos: int) -> None:
         """Set the position of a token.
@@ -176,20 +173,19 @@ class Batch:
         """
         self._check_index(index)
         _check_position(pos)
-        self._rows["position"][index] = pos
+        self._positions[index] = int(pos)
 
     def __len__(self) -> int:
         """Number of tokens."""
-        return self._used
+        return len(self._positions)
 
     def __iter__(self) -> Iterator[Item]:
-        fields = (
-            self._rows[name][: self._used].tolist() for name in ("token", "position", "seq_id", "output")
-        )
-        for index, (token, pos, seq_id, output) in enumerate(zip(*fields, strict=True)):
+        for index, (pos, seq_id, output) in enumerate(
+            zip(self._positions, self._seq_ids, self._outputs, strict=True)
+        ):
             yield Item(
                 index=index,
-                token=None if self.n_embd else token,
+                token=None if self.n_embd else self._tokens[index],
                 pos=None if pos == UNSET else pos,
                 seq_ids=(seq_id, *self._shared.get(index, ())),
                 output=output,
@@ -207,66 +203,58 @@ class Batch:
             next_positions: int32, one per sequence: the position after what the decoder holds;
                 None for empty memory.
         """
-        rows = self._rows[: self._used].copy()
-        shared = [(index, seq_id) for index, seq_ids in self._shared.items() for seq_id in seq_ids]
-        after, more = np.array(shared, np.int32).reshape(-1, 2).T
-        n_seq_id = 1 + np.bincount(after, minlength=len(rows)).astype(np.int32)
-        seq_ids = np.insert(rows["seq_id"], after + 1, more)
+        n_seq_id, seq_ids = np.array([1] * len(self), np.int32), np.array(self._seq_ids, np.int32)
+        if self._shared:
+            shared = [(index, seq_id) for index, more in self._shared.items() for seq_id in more]
+            after, more = np.array(shared, np.int32).reshape(-1, 2).T
+            n_seq_id += np.bincount(after, minlength=len(self)).astype(np.int32)
+            seq_ids = np.insert(seq_ids, after + 1, more)
+        positions = np.array(self._positions, np.int32)
         return Columns(
-            tokens=None if self.n_embd else rows["token"].copy(),
-            embd=rows["embd"].copy() if self.n_embd else None,
-            positions=infer_positions(rows["position"], n_seq_id, seq_ids, next_positions),
+            tokens=None if self.n_embd else np.array(self._tokens, np.int32),
+            embd=np.array(self._vectors, np.float32).reshape(-1, self.n_embd) if self.n_embd else None,
+            positions=infer_positions(positions, n_seq_id, seq_ids, next_positions),
             n_seq_id=n_seq_id,
             seq_ids=seq_ids,
-            outputs=rows["output"].copy(),
+            outputs=np.array(self._outputs, np.bool_),
         )
 
     def _append(
-        self, seq_id: int, field: str, values: npt.NDArray[Any], pos: int | None, outputs: bool | Bool
+        self, seq_id: int, tokens: list[int], vectors: list[Float32], pos: int | None, output: bool
     ) -> int:
-        """Add a row for each of the values, tokens or embeddings, and return the index of the last."""
-        if (field == "embd") != bool(self.n_embd):
-            limit = f"this batch was made with n_embd = {self.n_embd}, which takes "
-            raise TokenError(
-                "new entry", field, limit + ("embeddings only" if self.n_embd else "tokens only")
-            )
+        """Add tokens, or vectors in their place, and return the index of the last."""
+        if tokens if self.n_embd else vectors:
+            field, takes = ("token", "embeddings") if tokens else ("embd", "tokens")
+            limit = f"this batch was made with n_embd = {self.n_embd}, which takes {takes} only"
+            raise TokenError("new entry", field, limit)
         self._check_sequence(seq_id)
         if pos is not None:
             _check_position(pos)
-        begin, end = self._used, self._used + len(values)
-        if end > self.n_tokens:
-            limit = f"at most {self.n_tokens - begin} more fit into n_tokens = {self.n_tokens}"
-            raise BatchFullError(f"number of tokens to add to sequence {seq_id}", len(values), limit)
-        rows = _with_room(self._rows, end, self.n_tokens)
-        new = rows[begin:end]
-        new[field], new["output"] = values, outputs
-        new["seq_id"], new["position"] = seq_id, UNSET if pos is None else pos
-        self._rows, self._used = rows, end
-        return end - 1
+        n, room = len(tokens) + len(vectors), self.n_tokens - len(self)
+        if n > room:
+            limit = f"at most {room} more fit into n_tokens = {self.n_tokens}"
+            raise BatchFullError(f"number of tokens to add to sequence {seq_id}", n, limit)
+        self._tokens += tokens
+        self._vectors += vectors
+        self._positions += [UNSET if pos is None else int(pos)] * n
+        self._seq_ids += [int(seq_id)] * n
+        self._outputs += [output] * n
+        return len(self) - 1
 
     def _check_sequence(self, seq_id: int) -> None:
         check_integer("seq_id", seq_id, 0, self.n_seq_max - 1, " (n_seq_max - 1)", error=SequenceIdError)
 
     def _check_index(self, index: int) -> None:
-        if not self._used:
+        if not len(self):
             raise InputError("index", index, "the batch is empty; add a token first")
-        check_integer("index", index, 0, self._used - 1, " (the last token)")
+        check_integer("index", index, 0, len(self) - 1, " (the last token)")
 
 
 def _check_position(pos: int) -> None:
     check_integer("pos", pos, UNSET + 1, _INT32_MAX, error=PositionError)
 
 
-def _with_room(array: npt.NDArray[Any], needed: int, limit: int) -> npt.NDArray[Any]:
-    """The array, or a copy at least twice as long if it has less than ``needed`` rows."""
-    if needed <= len(array):
-        return array
-    longer = np.empty((min(limit, max(needed, 2 * len(array), _FIRST_ROOM)), *array.shape[1:]), array.dtype)
-    longer[: len(array)] = array
-    return longer
-
-
-def _checked_tokens(tokens: Tokens, seq_id: int) -> Int32:
+def _checked_tokens(tokens: Tokens, seq_id: int) -> list[int]:
     what = f"tokens of sequence {seq_id}"
     try:
         array = np.asarray(tokens)
@@ -276,10 +264,10 @@ def _checked_tokens(tokens: Tokens, seq_id: int) -> Int32:
         raise TokenError(
             f"shape of the {what}", array.shape, "must be one-dimensional, with at least one token"
         )
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise TokenError(what, str(array.dtype), "must be integers")
-    outside = np.flatnonzero((array < -_INT32_MAX - 1) | (array > _INT32_MAX))
-    if len(outside):
-        i = int(outside[0])
-        raise TokenError(f"tokens[{i}] of sequence {seq_id}", int(array[i]), "must fit into int32")
-    return array.astype(np.int32)
+    values: list[int] = array.tolist()
+    if min(values) < -_INT32_MAX - 1 or max(values) > _INT32_MAX:
+        i = next(i for i, value in enumerate(values) if not -_INT32_MAX - 1 <= value <= _INT32_MAX)
+        raise TokenError(f"tokens[{i}] of sequence {seq_id}", values[i], "must fit into int32")
+    return values

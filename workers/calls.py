@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import InputError, check_integer
-from crumplezone.workers.protocol import Span
-from crumplezone.workers.settings import check_number
+from crumplezone.errors import InputError, check_integer, check_number
+
+if TYPE_CHECKING:
+    from crumplezone.workers.protocol import Span
 
 RC_MEANING = {
     1: "no memory slot for the batch (rc 1)",
@@ -30,8 +33,7 @@ class RefusedError(Exception):
         self.rc, self.spans = rc, spans
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(msgspec.Struct, frozen=True):
     """What a call gave back: float32, one row per requested output, or None where not asked.
 
     Attributes:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from crumplezone.errors import InputError
 
 LLAMA_MAX_SEQ = 256  # src/llama-cparams.h
 UNSET = np.iinfo(np.int32).min  # a position that is to be inferred
+_INT32_MAX = np.iinfo(np.int32).max
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -47,7 +50,8 @@ class Columns:
     nulls: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        n, n_ids = len(self.positions), int(np.maximum(self.n_seq_id, 0).sum())
+        n = len(self.positions)
+        n_ids = n if self.single else int(np.maximum(self.n_seq_id, 0).sum())
         for name, shape in (("tokens", (n,)), ("n_seq_id", (n,)), ("seq_ids", (n_ids,)), ("outputs", (n,))):
             column = getattr(self, name)
             if column is not None and column.shape != shape:
@@ -73,21 +77,30 @@ class Columns:
             outputs=np.concatenate([part.outputs for part in parts]),
         )
 
+    @cached_property
+    def single(self) -> bool:
+        """Whether each token belongs to exactly one sequence."""
+        ones: int = self.n_seq_id.tolist().count(1)  # of a few tokens faster than numpy, of many not slow
+        return ones == len(self.positions)
+
     @property
     def owners(self) -> Indices:
         """For each entry of `seq_ids`, the index of its token."""
-        return np.repeat(np.arange(len(self)), np.maximum(self.n_seq_id, 0))
+        indices = np.arange(len(self))
+        return indices if self.single else np.repeat(indices, np.maximum(self.n_seq_id, 0))
 
     @property
     def begins(self) -> Indices:
         """For each token, where its entries of `seq_ids` begin."""
+        if self.single:
+            return np.arange(len(self))
         counts = np.maximum(self.n_seq_id, 0)
         return np.cumsum(counts) - counts
 
     @property
     def coupled(self) -> bool:
         """Whether a token belongs to several sequences."""
-        return bool((self.n_seq_id > 1).any())
+        return not self.single and bool((self.n_seq_id > 1).any())
 
     @property
     def sequences(self) -> list[int]:
@@ -106,8 +119,11 @@ class Columns:
         return self._of_rows(indices, self.n_seq_id[indices], self.seq_ids[np.repeat(begins, sizes) + within])
 
     def without(self, seq_ids: Iterable[int]) -> Columns:
-        """The batch without some sequences; tokens that belonged to no other are gone."""
-        stays = ~np.isin(self.seq_ids, list(seq_ids))
+        """The batch without some sequences; tokens that belonged to no other are gone. Itself if none is."""
+        gone = set(seq_ids)
+        if self.single and not self.nulls and gone.isdisjoint(self.seq_ids.tolist()):
+            return self
+        stays = ~np.isin(self.seq_ids, list(gone))
         left = np.bincount(self.owners[stays], minlength=len(self)).astype(np.int32)
         rows = np.flatnonzero(left)
         return self._of_rows(rows, left[rows], self.seq_ids[stays])
@@ -186,15 +202,15 @@ def infer_positions(positions: Int32, n_seq_id: Int32, seq_ids: Int32, next_posi
         next_positions: int32, one per sequence: where it goes on; None for empty memory. Sequences beyond
             its end are taken as empty: that they cannot exist is for `validate` to say.
     """
-    if (positions != UNSET).all():
+    inferred, ids = positions.tolist(), iter(seq_ids.tolist())
+    if UNSET not in inferred:
         return positions
     follows = {} if next_positions is None else dict(enumerate(next_positions.tolist()))
-    inferred, ids, end = positions.tolist(), seq_ids.tolist(), 0
     for i, (position, count) in enumerate(zip(inferred, n_seq_id.tolist(), strict=True)):
-        begin, end = end, end + max(count, 0)
-        mine = ids[begin:end]
+        mine = (next(ids),) if count == 1 else tuple(islice(ids, max(count, 0)))
         if position == UNSET:
             position = inferred[i] = follows.get(mine[0], 0) if mine else 0
+        after = position + 1 if position < _INT32_MAX else position
         for seq_id in mine:
-            follows[seq_id] = position + 1
-    return np.array(inferred, np.int64).clip(UNSET, np.iinfo(np.int32).max).astype(np.int32)
+            follows[seq_id] = after
+    return np.array(inferred, np.int32)

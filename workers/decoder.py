@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import os
 import threading
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +20,25 @@ from crumplezone.errors import CellDied, InputError, UsageError, check_integer
 from crumplezone.reports.store import default_directory
 from crumplezone.workers.batch import Batch
 from crumplezone.workers.calls import Adapters, Ask, Limits
-from crumplezone.workers.columns import Columns
+from crumplezone.workers.cells import Cells, Start
+from crumplezone.workers.columns import LLAMA_MAX_SEQ, Columns, Int32
+from crumplezone.workers.embedding import Embedder, Embeddings
 from crumplezone.workers.foreign import read_llama_batch
-from crumplezone.workers.generation import Generation
 from crumplezone.workers.incident import Reporter
+from crumplezone.workers.jobs import BatchJob, PromptJob, Stream
 from crumplezone.workers.ladder import Ladder
 from crumplezone.workers.memory import Memory
+from crumplezone.workers.pool import Plan, Pool, complete, in_order, wrong
 from crumplezone.workers.protocol import CellInfo
-from crumplezone.workers.results import Completion, Result, Sampling
-from crumplezone.workers.runner import Runner
+from crumplezone.workers.results import Completion, Result, Sampling, SamplingOptions
 from crumplezone.workers.safe import Descent
 from crumplezone.workers.session import Session
-from crumplezone.workers.settings import INT32_MAX, N_UBATCH, capacity, check_number, configure
+from crumplezone.workers.settings import INT32_MAX, N_UBATCH, capacity, configure
 from crumplezone.workers.validate import Level, validate
 from crumplezone.workers.validate import Memory as Held
+
+_N_SEQ_MAX = 4  # sequences of a batch, where nobody says
+_WORKERS_MAX = 256
 
 
 class Decoder:
@@ -44,9 +51,16 @@ class Decoder:
         n_ctx: Tokens of context over all sequences; 0 for 1024 per sequence. Divided evenly.
         n_batch: Most tokens per native call, at least ``n_seq_max``.
         n_ubatch: Most tokens per compute pass.
-        n_seq_max: Most sequences per batch, up to 256.
-        n_threads: Threads of a cell; 0 for one per available core.
+        n_seq_max: Most sequences per batch, and prompts completed together, up to 256. 0: 4 for batches, and
+            for prompts what this machine decodes fastest together with this model, which is measured once.
+        n_threads: Threads of a cell. 0: one per available core for batches; for prompts measured, and at most
+            a worker's share of the cores.
         n_gpu_layers: Layers to offload.
+        workers: Cells that complete prompts and decode submitted batches side by side.
+        start: How cells are started: "zygote" (forked from a process that has loaded the model), "spawn"
+            (each loads it), or "auto": "spawn" with layers to offload, and where forking is not safe.
+        spares: Warm cells that wait to take over from one that dies. None: 1, or 0 if each would load the
+            model again.
         safe_fallback: Whether a job that the native rung cannot do goes down the ladder.
         preflight: Whether to skip native calls that are known to crash.
         deadline: Seconds until a native call counts as hung, or None.
@@ -68,9 +82,12 @@ class Decoder:
         n_ctx: int = 0,
         n_batch: int = 2048,
         n_ubatch: int = N_UBATCH,
-        n_seq_max: int = 4,
+        n_seq_max: int = 0,
         n_threads: int = 0,
         n_gpu_layers: int = 0,
+        workers: int = 1,
+        start: Start = "auto",
+        spares: int | None = None,
         safe_fallback: bool = True,
         preflight: bool = True,
         deadline: float | None = 300.0,
@@ -80,27 +97,37 @@ class Decoder:
         checkpoint_every: int = 0,
     ) -> None:
         check_integer("checkpoint_every", checkpoint_every, 0, INT32_MAX)
+        check_integer("workers", workers, 1, _WORKERS_MAX)
+        check_integer("n_seq_max", n_seq_max, 0, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
         config = configure(
             model,
             n_ctx=n_ctx,
             n_batch=n_batch,
             n_ubatch=n_ubatch,
-            n_seq_max=n_seq_max,
+            n_seq_max=n_seq_max or _N_SEQ_MAX,
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
         )
         limits = Limits(deadline, memory_limit)
         self._owner = os.getpid()
         self._changed = threading.Condition()
-        self._busy_thread = 0
+        self._busy = False
         self._closed = False
-        self._running: Generator[Completion, None, None] | None = None
-        self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
-        self._native = Runner(config, limits, self._reporter)
-        self._session = Session(self._native, self._reporter, checkpoint_every)
-        self._descent = Descent(self._native, self._reporter) if safe_fallback else None
-        self._ladder = Ladder(self._session, self._descent, self._reporter, preflight=preflight)
-        self._native.start()
+        self._reporter = reporter = Reporter(
+            Path(reports) if reports else default_directory(), redacted=redact
+        )
+        self._cells = Cells.of(config, limits, reporter, start, spares)
+        self._native = self._cells.runner(config)
+        self._session = Session(self._native, reporter, checkpoint_every)
+        self._descent = Descent(self._native, reporter) if safe_fallback else None
+        self._ladder = Ladder(self._session, self._descent, reporter, preflight=preflight)
+        self._plan = Plan(
+            config, self._cells, workers, n_seq_max, n_threads, self._descent is not None, preflight
+        )
+        self._pools: list[Pool] = []  # the last one takes jobs, those before it finish theirs
+        weakref.finalize(self, _abandon, self._pools)
+        self._embedder: Embedder | None = None
+        self._native.foresee()
 
     @property
     def info(self) -> CellInfo:
@@ -114,8 +141,23 @@ class Decoder:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the native cell, or None while there is none."""
-        return self._native.pid
+        """Process id of the cell that holds the memory, else of a lane's; None while there is none."""
+        found = self.processes
+        return next(iter(found["memory"] + found["lanes"]), None)
+
+    @property
+    def processes(self) -> dict[str, list[int]]:
+        """Process ids: of the "zygote", the cell of the "memory", those of the "lanes", and the "spares"."""
+        zygote, runners = (
+            self._cells.zygote,
+            [self._native, *(r for pool in self._pools for r in pool.runners)],
+        )
+        return {
+            "zygote": _known(zygote.pid if zygote else None),
+            "memory": _known(self._native.pid),
+            "lanes": _known(*(runner.pid for runner in runners[1:])),
+            "spares": [pid for runner in runners for pid in runner.spare_pids],
+        }
 
     def tokenize(self, text: str) -> npt.NDArray[np.int32]:
         """Token ids of a text, int32, shape (n,), with the model's special tokens.
@@ -180,6 +222,28 @@ class Decoder:
             validate(columns, room, Held.empty(config.n_seq_max), encode=info.has_encoder)
             return self._ladder.encode(columns, Ask(logits=False, embeddings=True, encode=True))
 
+    def embed(
+        self, texts: Iterable[str], *, pooling: str | None = None, normalize: bool = True
+    ) -> Embeddings:
+        """A vector for each text, many whole texts per native call, in a cell of its own.
+
+        Args:
+            texts: None of them empty.
+            pooling: "mean", "cls" or "last"; None: the model's own, or "mean" if it has none.
+            normalize: Give vectors of length 1.
+
+        Raises:
+            InputError: A text is no text, empty or too long, or the model cannot pool like this.
+            ModelError: No cell can be had.
+        """
+        with self._turn():
+            if self._embedder is None:
+                cells = self._cells
+                self._embedder = Embedder(
+                    self._native.config, cells.limits, cells.reporter, zygote=cells.zygote
+                )
+            return self._embedder.embed(texts, pooling=pooling, normalize=normalize)
+
     def resize(self, *, n_ctx: int | None = None, n_seq_max: int | None = None) -> None:
         """Change the context without loading the model again. What the memory holds goes over.
 
@@ -197,6 +261,7 @@ class Decoder:
             sizes = {"n_ctx": n_ctx, "n_seq_max": n_seq_max}
             changed = configure(**fields | {name: size for name, size in sizes.items() if size is not None})
             self._session.resize(changed.n_ctx, changed.n_seq_max)
+            self._plan = dataclasses.replace(self._plan, config=self._native.config)
 
     def set_adapters(
         self,
@@ -216,60 +281,74 @@ class Decoder:
         """
         with self._turn():
             self._session.adapt(Adapters.checked(lora or {}, control, layers, self._native.info.n_embd))
+            self._plan = dataclasses.replace(self._plan, adapters=self._session.adapters)
 
-    def generate(
-        self,
-        prompts: Iterable[str],
-        *,
-        max_tokens: int = 64,
-        temperature: float = 0.0,
-        seed: int = 0,
-        ordered: bool = True,
-    ) -> Iterator[Completion]:
-        """Complete prompts, ``n_seq_max`` at a time; a place that falls free is taken by the next prompt.
+    def submit(self, batch: Batch | object, *, embeddings: bool = False) -> Future[Result]:
+        """Decode a batch from empty memory in the next free worker; the decoder's own memory is not used.
 
         Args:
-            prompts: Texts, none of them empty.
-            max_tokens: Most tokens to add to each.
-            temperature: 0 is greedy.
-            seed: For temperatures above 0: the same seed gives the same text, crash or no crash.
-            ordered: Yield in the order of the prompts, else as they finish.
+            batch: As for `decode`.
+            embeddings: Also return the hidden states of the outputs.
 
-        Yields:
-            One `Completion` per prompt. What fails alone has its ``error`` set.
+        Returns:
+            A future of the result (``asyncio.wrap_future`` makes it awaitable). It can be cancelled.
 
         Raises:
-            InputError: A prompt is no text or empty, or a parameter is out of range.
+            InputError: The batch does not fit the model or the context.
+        """
+        nothing = Held.empty(self.n_seq_max)
+        columns = self._copied(batch, nothing.next_positions, "strict")
+        validate(columns, capacity(self.info, self._native.config, embeddings=embeddings), nothing)
+        job = BatchJob(columns, Ask(embeddings=embeddings))
+        self._pool().put(job)
+        return job.future
+
+    def submit_prompt(self, prompt: str, **sampling: Unpack[SamplingOptions]) -> Stream:
+        """Complete a prompt, together with those that are in flight.
+
+        Args:
+            prompt: The text, not empty.
+            sampling: Fields of `Sampling`.
+
+        Returns:
+            A future of the `Completion`; iterate over it for the text as it comes. It can be cancelled.
+
+        Raises:
+            InputError: The prompt is no text or empty, or a parameter is out of range.
+        """
+        if problem := wrong(prompt, "prompt"):
+            raise problem
+        job = PromptJob(0, prompt, Sampling(**sampling))
+        self._pool().put(job)
+        return job.future
+
+    def generate(
+        self, prompts: Iterable[str], *, ordered: bool = True, **sampling: Unpack[SamplingOptions]
+    ) -> Generator[Completion, None, None]:
+        """Complete prompts, many at a time; a place that falls free is taken by the next prompt.
+
+        Args:
+            prompts: Texts; an iterator is read as places fall free.
+            ordered: Yield in the order of the prompts, else as they finish.
+            sampling: Fields of `Sampling`. The same seed gives the same text, crash or no crash.
+
+        Yields:
+            One `Completion` per prompt. What fails alone, or is no text, has its ``error`` set.
+
+        Raises:
+            InputError: A parameter is out of range.
         """
         if isinstance(prompts, str | bytes):
             raise InputError("prompts", prompts, "must be a list of texts, not one text")
-        finished = self.complete(dict(enumerate(prompts)), Sampling(max_tokens, temperature, seed))
-        return _in_order(finished) if ordered else finished
+        finished = self.complete(enumerate(prompts), Sampling(**sampling))
+        return in_order(finished) if ordered else finished
 
-    def complete(self, prompts: Mapping[int, str], sampling: Sampling) -> Generator[Completion, None, None]:
-        """`generate` for prompts that keep numbers of their own; yields as they finish.
-
-        Raises:
-            InputError: A prompt is no text or empty, or a parameter is out of range.
-        """
-        check_integer("max_tokens", sampling.max_tokens, 1, INT32_MAX)
-        check_number("temperature", sampling.temperature, 0, 100)
-        check_integer("seed", sampling.seed, 0, 2**63 - 1)
-        for index, prompt in prompts.items():
-            if not isinstance(prompt, str) or not prompt:
-                raise InputError(f"prompts[{index}]", prompt, "must be a text of at least one character")
-        return self._completions(prompts, sampling)
-
-    def _completions(
-        self, prompts: Mapping[int, str], sampling: Sampling
+    def complete(
+        self, prompts: Iterable[tuple[int, str]], sampling: Sampling
     ) -> Generator[Completion, None, None]:
-        with self._turn(), self._session.scratch():
-            generation = Generation(self._native, self._descent, self._reporter, sampling)
-            self._running = generation.run(list(prompts.items()))
-            try:
-                yield from self._running
-            finally:
-                self._running = None
+        """`generate` for prompts that have numbers of their own, each another; yields as they finish."""
+        self._check_open()
+        return complete(self._pool, prompts, sampling)
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
@@ -280,16 +359,18 @@ class Decoder:
         if os.getpid() != self._owner:
             return
         with self._changed:
-            mine = self._busy_thread == threading.get_ident()  # a generate() of this thread, suspended
-            self._changed.wait_for(lambda: mine or self._closed or not self._busy_thread)
+            self._changed.wait_for(lambda: self._closed or not self._busy)
             if self._closed:
                 return
             self._closed = True
             self._changed.notify_all()  # whoever waits for a turn is told that there will be none
-        if self._running is not None:
-            self._running.close()  # it still has reports to file
+        for pool in self._pools:
+            pool.close()
+        if self._embedder:
+            self._embedder.close()
         self._native.shut()
         self._reporter.close()
+        self._cells.close()  # last: it reaps those that are being examined
 
     def __enter__(self) -> Self:
         return self
@@ -301,41 +382,51 @@ class Decoder:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        if os.getpid() != self._owner:
-            raise UsageError("this decoder was made before a fork: make a new one in this process")
-        me = threading.get_ident()
+        self._check_open()
         with self._changed:
-            if self._busy_thread == me:
-                raise UsageError(
-                    "a generate() of this thread is still running: finish it or close() it first"
-                )
-            self._changed.wait_for(lambda: self._closed or not self._busy_thread)
-            if self._closed:
-                raise UsageError("this decoder is closed: make a new one")
-            self._busy_thread = me
+            self._changed.wait_for(lambda: self._closed or not self._busy)
+            self._check_open()
+            self._busy = True
         try:
             yield
         finally:
             with self._changed:
-                self._busy_thread = 0
+                self._busy = False
                 self._changed.notify_all()
 
+    def _check_open(self) -> None:
+        if os.getpid() != self._owner:
+            raise UsageError("this decoder was made before a fork: make a new one in this process")
+        if self._closed:
+            raise UsageError("this decoder is closed: make a new one")
+
+    def _pool(self) -> Pool:
+        """The lanes that take jobs."""
+        with self._changed:
+            self._check_open()
+            if not self._pools or self._pools[-1].failure or self._pools[-1].plan is not self._plan:
+                for pool in self._pools:
+                    pool.retire()
+                self._pools[:] = [pool for pool in self._pools if not pool.ended]
+                self._pools.append(Pool(self._plan))
+            return self._pools[-1]
+
     def _columns(self, batch: object, level: Level) -> Columns:
-        follows = self._session.pos_max + 1
+        return self._copied(batch, self._session.pos_max + 1, level)
+
+    def _copied(self, batch: object, follows: Int32, level: Level) -> Columns:
+        """A batch as it is now, whatever the caller does with it later."""
         if isinstance(batch, Columns):
             return batch
         if isinstance(batch, Batch):
             return batch.columns(follows)
-        return read_llama_batch(
-            batch, n_embd=self._native.info.n_embd_inp, next_positions=follows, level=level
-        )
+        return read_llama_batch(batch, n_embd=self.info.n_embd_inp, next_positions=follows, level=level)
 
 
-def _in_order(finished: Iterator[Completion]) -> Iterator[Completion]:
-    waiting: dict[int, Completion] = {}
-    due = 0
-    for completion in finished:
-        waiting[completion.index] = completion
-        while due in waiting:
-            yield waiting.pop(due)
-            due += 1
+def _abandon(pools: list[Pool]) -> None:
+    for pool in pools:
+        pool.abandon()
+
+
+def _known(*pids: int | None) -> list[int]:
+    return [pid for pid in pids if pid is not None]

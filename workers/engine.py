@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,39 +12,29 @@ import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.workers.protocol import Generated, Join, Progress
+from crumplezone.workers.prefix import Line, Places
+from crumplezone.workers.protocol import BESIDE, Generated, Join, Progress
+from crumplezone.workers.sampler import Sampler
 
 if TYPE_CHECKING:
     from crumplezone.workers.native import LlamaCell
 
+_GROUP_S = 0.25  # after so long, what has been drawn is told
 _PIECE_MAX = 4096
 
 
 class NonFiniteError(Exception):
-    """The logits of a sequence hold NaN or infinity: no token can be drawn from them."""
+    """The likeliest token of a sequence has NaN or infinity for a logit: none can be drawn."""
 
 
-@dataclass
-class _Sequence:
-    join: Join
-    pending: npt.NDArray[np.int32]  # not yet decoded
-    position: int = 0
-    left: int = 0
-    tokens: list[int] = field(default_factory=list)
+@dataclass(eq=False, kw_only=True)
+class _Sequence(Line):
+    sampler: Sampler | None  # None: the likeliest token, which `Engine` finds faster
+    left: int  # tokens still to draw
+    begun: bool = False  # the first was drawn
+    drawn: list[int] = field(default_factory=list)  # since the latest reply
     text: bytearray = field(default_factory=bytearray)
     finished: Literal["", "stop", "length"] = ""
-
-
-def sample(logits: npt.NDArray[np.float32], temperature: float, seed: int, position: int) -> int:
-    """Greedy, or by the Gumbel-max trick with noise that depends on seed and position alone.
-
-    So a sequence that is continued elsewhere after a crash draws the same tokens as it would have here.
-    """
-    if temperature <= 0:
-        return int(logits.argmax())
-    random = np.random.Generator(np.random.Philox(key=seed, counter=position))
-    noise = -np.log(-np.log(random.random(len(logits), dtype=np.float32) + 1e-20) + 1e-20)
-    return int((logits / np.float32(temperature) + noise).argmax())
 
 
 class Engine:
@@ -50,93 +42,150 @@ class Engine:
 
     Args:
         cell: The model and context to run on.
+        nudged: Whether the supervisor would like to be answered.
     """
 
-    def __init__(self, cell: LlamaCell) -> None:
-        self._cell = cell
-        self._running: dict[int, _Sequence] = {}
-        self._piece = ctypes.create_string_buffer(_PIECE_MAX)
+    def __init__(self, cell: LlamaCell, nudged: Callable[[], bool]) -> None:
+        self._cell, self._nudged = cell, nudged
+        self._n_vocab = cell.info().n_vocab
+        self._running: dict[int, _Sequence] = {}  # in the order in which they came
+        self._places = Places(cell)
+        self._room = ctypes.create_string_buffer(_PIECE_MAX)
+        self._pieces: dict[int, bytes | None] = {}
 
     def reset(self) -> None:
-        """Forget every sequence."""
-        self._running.clear()
+        """Forget every sequence, and what the memory holds."""
+        for seq_id in list(self._running):
+            self.leave(seq_id)
+        self._places.clear()
 
     def join(self, join: Join, tokens: npt.NDArray[np.int32]) -> None:
-        """Let a prompt take a sequence."""
-        C.llama_memory_seq_rm(self._cell.memory, join.seq_id, -1, -1)
-        self._running[join.seq_id] = _Sequence(join, tokens, left=join.max_tokens)
+        """Let a prompt take a sequence.
+
+        Args:
+            join: Which, and how to draw.
+            tokens: int32, shape (n,), n >= 1; the engine's own.
+        """
+        self.leave(join.seq_id)
+        self._running[join.seq_id] = _Sequence(
+            join.seq_id,
+            tokens,
+            len(tokens),
+            sampler=None if join.sampling.plain else Sampler(join.sampling, self._n_vocab, tokens),
+            left=join.sampling.max_tokens,
+        )
+
+    def leave(self, seq_id: int) -> None:
+        """Give a sequence up, if it runs. What the memory holds of it may still be of use."""
+        if sequence := self._running.pop(seq_id, None):
+            sequence.ended = True
+            if sequence.sampler:
+                sequence.sampler.close()
 
     def generate(self, batch: list[npt.NDArray[Any]], steps: int) -> Generated:
-        """Run up to ``steps`` native calls; stops early when every sequence has finished."""
-        moved: dict[int, _Sequence] = {}
-        rc = 0
-        for _ in range(steps):
-            active = [s for s in self._running.values() if not s.finished]
-            if not active:
+        """Run up to ``steps`` native calls, fewer if there is something to tell: see `Generate`."""
+        running = list(self._running.values())
+        began, rc = time.monotonic(), 0
+        for _ in range(steps if running else 0):
+            rc, urgent = self._step(batch, running)
+            if rc or urgent or self._nudged() or time.monotonic() - began > _GROUP_S:
                 break
-            rc = self._step(batch, active)
-            moved.update((s.join.seq_id, s) for s in active)
-            # A finished sequence is told at once: its place may be wanted.
-            if rc or any(s.finished for s in active):
-                break
-        progress = [Progress(i, s.tokens, bytes(s.text), s.finished) for i, s in moved.items()]
-        for seq_id, sequence in moved.items():
-            sequence.tokens, sequence.text = [], bytearray()
+        progress = [Progress(s.seq_id, s.drawn, bytes(s.text), s.finished) for s in running]
+        for sequence in running:
+            sequence.drawn, sequence.text = [], bytearray()
             if sequence.finished:
-                del self._running[seq_id]
+                self.leave(sequence.seq_id)
+        if rc:  # nobody knows what it left in memory
+            self.reset()
         return Generated(rc, progress)
 
-    def _step(self, batch: list[npt.NDArray[Any]], active: list[_Sequence]) -> int:
+    def _step(self, batch: list[npt.NDArray[Any]], running: list[_Sequence]) -> tuple[int, bool]:
+        """One native call; its return code, and whether a sequence got its first token or its last."""
         recorder = self._cell.recorder
-        with recorder.phase("build", len(active)):
-            used, ready = self._build(batch, active)
-        batch[4][:used] = 1
-        rc = self._cell.run(batch, 0, used)
-        if rc == 0:
-            with recorder.phase("sample", len(ready)):
-                for sequence, index in ready:
-                    self._take(sequence, index)
-        return rc
-
-    def _build(
-        self, batch: list[npt.NDArray[Any]], active: list[_Sequence]
-    ) -> tuple[int, list[tuple[_Sequence, int]]]:
-        """Fill the batch; returns how much of it is used, and whose next token comes from which output."""
-        tokens, positions, seq_ids, outputs, n_seq_id, _ = batch
-        n_seq_id[:] = 0  # 1 for what is sent: after a crash, this says how much that was
-        capacity, used = len(tokens), 0
-        ready: list[tuple[_Sequence, int]] = []
-        # Sequences that generate (one token) go before prompts, which fill what is left.
-        for sequence in sorted(active, key=lambda s: len(s.pending)):
-            n = min(len(sequence.pending), capacity - used)
-            end = used + n
-            tokens[used:end] = sequence.pending[:n]
-            positions[used:end] = np.arange(sequence.position, sequence.position + n)
-            seq_ids[used:end] = sequence.join.seq_id
-            outputs[used:end] = 0
-            sequence.pending = sequence.pending[n:]
+        with recorder.phase("build", len(running)):
+            parts = self._build(batch, running)
+        used = sum(n for _, n in parts)
+        if rc := self._cell.run([array[:used] for array in batch], 0, used):
+            return rc, False
+        ready, end = [], 0
+        for sequence, n in parts:
             sequence.position += n
-            used = end
-            if n and not len(sequence.pending):
-                outputs[end - 1] = 1
+            end += n
+            if not sequence.pending:
                 ready.append((sequence, end - 1))
-        return used, ready
+        if not ready:
+            return 0, False
+        with recorder.phase("sample", len(ready)):
+            return 0, self._draw(ready)
 
-    def _take(self, sequence: _Sequence, index: int) -> None:
-        """Sample the next token of a sequence, and see whether it has finished."""
-        pointer = C.llama_get_logits_ith(self._cell.context, index)
-        logits = np.ctypeslib.as_array(pointer, (self._cell.info().n_vocab,))
-        join = sequence.join
-        if not np.isfinite(logits).all():
+    def _build(self, batch: list[npt.NDArray[Any]], running: list[_Sequence]) -> list[tuple[_Sequence, int]]:
+        """Fill the batch: sequences that generate, one token each, then prompts. How much it has of each."""
+        tokens, positions, seq_ids, outputs, sent, _ = batch
+        sent[:] = 0  # 1 for what is sent: after a crash, this says how much that was
+        chunk = len(tokens)
+        ready = [s for s in running if s.placed and s.pending == 1][:chunk]
+        used = len(ready)
+        tokens[:used] = [s.tokens[s.position] for s in ready]
+        positions[:used] = [s.position for s in ready]
+        seq_ids[:used] = [s.seq_id for s in ready]
+        outputs[:used] = 1
+        parts = [(s, 1) for s in ready]
+        room = min(chunk, used + BESIDE) if used else chunk
+        for s in running:
+            if used == room:
+                break
+            if (s.placed and s.pending == 1) or not self._places.place(s):
+                continue
+            n = min(s.pending, room - used)
+            end = used + n
+            tokens[used:end] = s.tokens[s.position : s.position + n]
+            positions[used:end] = np.arange(s.position, s.position + n)
+            seq_ids[used:end] = s.seq_id
+            outputs[used:end] = 0
+            outputs[end - 1] = n == s.pending
+            parts.append((s, n))
+            used = end
+        sent[:used] = 1
+        return parts
+
+    def _draw(self, ready: list[tuple[_Sequence, int]]) -> bool:
+        """The next token of sequences whose logits are there, by their index in the batch."""
+        context = self._cell.context
+        # One row for each output, in the order of the batch (llama_get_logits, include/llama.h).
+        rows = np.ctypeslib.as_array(C.llama_get_logits(context), (len(ready), self._n_vocab))
+        best = rows.argmax(axis=1)  # the first NaN, if there is one
+        finite = np.isfinite(rows[np.arange(len(ready)), best])
+        if not finite.all():
+            sequence, _ = ready[int(finite.argmin())]
             raise NonFiniteError(f"NaN or infinity in the logits after position {sequence.position - 1}")
-        token = sample(logits, join.temperature, join.seed, sequence.position)
-        if C.llama_vocab_is_eog(self._cell.vocab, token):
+        urgent = False
+        for (sequence, index), token in zip(ready, best.tolist(), strict=True):
+            if sequence.sampler:
+                token = sequence.sampler.draw(context, index, sequence.position)
+            urgent |= self._take(sequence, token)
+        return urgent
+
+    def _take(self, sequence: _Sequence, token: int) -> bool:
+        """Add a token to a sequence; whether it is its first, or its last."""
+        piece = self._piece(token)
+        if piece is None:
             sequence.finished = "stop"
-            return
-        sequence.tokens.append(token)
-        n = C.llama_token_to_piece(self._cell.vocab, token, self._piece, _PIECE_MAX, 0, False)
-        sequence.text += self._piece.raw[: max(n, 0)]
+            return True
+        sequence.append(token)
+        sequence.drawn.append(token)
+        sequence.text += piece
         sequence.left -= 1
-        sequence.pending = np.array([token], np.int32)
-        if sequence.left <= 0:
+        if not sequence.left:
             sequence.finished = "length"
+        urgent = not (sequence.begun and sequence.left)
+        sequence.begun = True
+        return urgent
+
+    def _piece(self, token: int) -> bytes | None:
+        """The text of a token, or None if it ends a generation."""
+        if token not in self._pieces:
+            vocab = self._cell.vocab
+            n = C.llama_token_to_piece(vocab, token, self._room, _PIECE_MAX, 0, False)
+            end = C.llama_vocab_is_eog(vocab, token)
+            self._pieces[token] = None if end else self._room.raw[: max(n, 0)]
+        return self._pieces[token]

@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -159,6 +160,7 @@ class Reporter:
         self._written = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reporter")
         self._pending: list[Future[None]] = []
+        self._lock = threading.Lock()  # lanes report from threads of their own
 
     def add(
         self,
@@ -211,7 +213,9 @@ class Reporter:
 
     def flush(self) -> None:
         """Wait until every report handed over is on disk (or its failure was logged)."""
-        for future in self._pending:
+        with self._lock:
+            pending = list(self._pending)
+        for future in pending:
             future.result()
 
     def close(self) -> None:
@@ -225,8 +229,9 @@ class Reporter:
             except Exception as error:  # noqa: BLE001 - a report that fails must not fail the job
                 _log.log(level, "the report of crash %s could not be written: %s", crash.id, error)
 
-        self._pending = [future for future in self._pending if not future.done()]
-        self._pending.append(self._pool.submit(run))
+        with self._lock:
+            self._pending = [future for future in self._pending if not future.done()]
+            self._pending.append(self._pool.submit(run))
 
     def _begin(self, crash: _Crash, case: Case) -> None:
         crash.incident.evidence.result()

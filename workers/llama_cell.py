@@ -28,7 +28,7 @@ from crumplezone.workers.llama_protocol import (
     Query,
     Request,
 )
-from crumplezone.workers.native import LoadError, Voices, describe
+from crumplezone.workers.native_model import LoadError, Voices, describe
 
 _METHODS = {
     "create_completion",
@@ -65,7 +65,7 @@ class LlamaHost:
 
     request_type: Any = Request
 
-    def __init__(self, config: msgspec.Raw, room: Room) -> None:
+    def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:
         self._room = room
         voices = Voices(room)
         with room.recorder.phase("load"):

@@ -34,7 +34,7 @@ from crumplezone.workers.llama_protocol import (
     Stage,
     question_shapes,
 )
-from crumplezone.workers.native import Voices
+from crumplezone.workers.native_model import Voices
 
 original: Any = llama_cpp.llama  # its own types are incomplete
 _NOTE_EVERY = 0.05  # seconds: what a crash can cost is that much drawing again

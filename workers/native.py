@@ -6,8 +6,7 @@ Facts are those of llama.cpp 0c1e57098 (llama-cpp-python 0.3.36), include/llama.
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
-import logging
+import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from crumplezone.sandbox.child import Room
 from crumplezone.workers import native_memory
 from crumplezone.workers.engine import Engine
+from crumplezone.workers.native_model import describe, make_context, model_of
 from crumplezone.workers.protocol import (
     Adapt,
     Adapted,
@@ -37,98 +37,19 @@ from crumplezone.workers.protocol import (
     Saved,
     Tokenize,
     Tokenized,
+    Warm,
+    Warmed,
     batch_shapes,
     row_shapes,
 )
 
-_log = logging.getLogger("llama.cpp")
-_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
-_CONTINUES = 5  # GGML_LOG_LEVEL_CONT
-_INT32 = ctypes.POINTER(ctypes.c_int32)
-_INT8 = ctypes.POINTER(ctypes.c_int8)
-_FLOAT = ctypes.POINTER(ctypes.c_float)
+_BATCH = struct.Struct("@i6P")  # struct llama_batch: n_tokens, token, embd, pos, n_seq_id, seq_id, logits
+_BUFFER = ctypes.c_char * 0
 
 
-class LoadError(Exception):
-    """llama.cpp returned NULL for a model or a context."""
-
-
-def ggml() -> ctypes.CDLL:
-    """The handle through which ggml's own functions, which llama-cpp-python does not bind, are found.
-
-    dlsym on libllama searches what libllama was linked to. Opening libggml-base by a file name would not do:
-    a wheel holds copies under several names, and another copy has another abort callback.
-    """
-    library: ctypes.CDLL = C._lib  # noqa: SLF001 - there is no public name for it
-    return library
-
-
-def describe(model: Any, context: Any) -> CellInfo:
-    """Facts of a loaded model and its context."""
-    text = ctypes.create_string_buffer(256)
-    C.llama_model_desc(model, text, len(text))
-    recurrent = bool(C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
-    has_encoder = bool(C.llama_model_has_encoder(model))
-    rope = C.llama_model_rope_type(model)
-    commit = ggml().ggml_commit
-    commit.restype = ctypes.c_char_p
-    return CellInfo(
-        n_vocab=C.llama_vocab_n_tokens(C.llama_model_get_vocab(model)),
-        n_embd=C.llama_model_n_embd_out(model),
-        n_ctx_seq=C.llama_n_ctx_seq(context),
-        n_ctx_train=C.llama_model_n_ctx_train(model),
-        n_batch=C.llama_n_batch(context),
-        has_encoder=has_encoder,
-        has_decoder=bool(C.llama_model_has_decoder(model)),
-        n_embd_inp=C.llama_model_n_embd_inp(model),
-        causal=_metadata(model, "attention.causal") != "false",
-        recurrent=recurrent,
-        learned_positions=rope == C.LLAMA_ROPE_TYPE_NONE and not (recurrent or has_encoder),
-        n_pos_per_embd=4 if rope in (C.LLAMA_ROPE_TYPE_MROPE, C.LLAMA_ROPE_TYPE_IMROPE) else 1,
-        description=text.value.decode("utf-8", "replace"),
-        system_info=C.llama_print_system_info().decode("utf-8", "replace"),
-        llama_cpp=f"{importlib.metadata.version('llama-cpp-python')} ({commit().decode()})",
-    )
-
-
-def _metadata(model: Any, name: str) -> str:
-    """A value of a model file under its architecture's name, or an empty string."""
-    text = ctypes.create_string_buffer(256)
-    C.llama_model_meta_val_str(model, b"general.architecture", text, len(text))
-    key = text.value + b"." + name.encode()
-    n = C.llama_model_meta_val_str(model, key, text, len(text))
-    return text.value.decode("utf-8", "replace") if n >= 0 else ""
-
-
-class Voices:
-    """Native log lines and the abort message, on their way out. Callbacks must outlive every call."""
-
-    def __init__(self, room: Room) -> None:
-        self.last_error = ""
-        self._level = logging.INFO
-        self._partial = b""
-        self._log = C.llama_log_callback(self._on_log)
-        C.llama_log_set(self._log, ctypes.c_void_p(0))
-        self._abort = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(room.arena.note_abort)
-        try:
-            set_abort = ggml().ggml_set_abort_callback
-        except AttributeError:
-            _log.warning("ggml_set_abort_callback is missing: aborts will carry no assertion text")
-        else:
-            set_abort.restype = ctypes.c_void_p
-            set_abort(self._abort)
-
-    def _on_log(self, level: int, text: bytes, _: object) -> None:
-        if level != _CONTINUES:
-            self._level = _LEVELS.get(level, logging.INFO)
-        self._partial += text
-        *lines, self._partial = self._partial.split(b"\n")
-        for raw in lines:
-            line = raw.decode("utf-8", "replace")
-            if line.strip(" ."):
-                if self._level == logging.ERROR and not line.endswith("failed to load model"):
-                    self.last_error = line
-                _log.log(self._level, "%s", line)
+def _address(array: npt.NDArray[Any]) -> int:
+    """Where a writable array begins; ``array.ctypes.data`` takes three times as long."""
+    return ctypes.addressof(_BUFFER.from_buffer(array.data))
 
 
 class LlamaCell:
@@ -137,6 +58,7 @@ class LlamaCell:
     Args:
         config: An encoded `CellConfig`.
         room: The cell's arena.
+        preloaded: What `preload` returned, in a forked cell.
 
     Raises:
         LoadError: The model or the context could not be made; the message is llama.cpp's own.
@@ -144,21 +66,21 @@ class LlamaCell:
 
     request_type: Any = Request
 
-    def __init__(self, config: msgspec.Raw, room: Room) -> None:
+    def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:
         self.config = msgspec.msgpack.decode(config, type=CellConfig)
         self._arena, self.recorder = room.arena, room.recorder
-        self._voices = Voices(room)
-        C.llama_backend_init()
-        with self.recorder.phase("load"):
-            self.model = self._load_model()
+        loaded = model_of(preloaded, self.config.model, self.config.n_gpu_layers, room)
+        self._loaded, self.model = loaded, loaded.pointer
         self.vocab = C.llama_model_get_vocab(self.model)
         with self.recorder.phase("context", self.config.n_ctx):
-            self.context = self._make_context()
+            self.context = make_context(self._loaded, self.config)
         self.memory = C.llama_get_memory(self.context)
         self._info = describe(self.model, self.context)
-        self._engine = Engine(self)
+        self._engine = Engine(self, self._arena.nudged)
         self._adapters = native_memory.Adapters(self.model)
         self._unsettled = False  # copies and shifts that llama.cpp has noted down, but not done
+        self._embeddings = False  # whether llama.cpp is to compute them
+        self._pointed = (0, b""), np.empty(0, np.int64)  # the pointers of the latest batch: mostly the same
 
     def info(self) -> CellInfo:
         """Facts of the loaded model."""
@@ -166,9 +88,14 @@ class LlamaCell:
 
     def handle(self, request: Request) -> msgspec.Struct:
         """Answer one request."""
+        if not isinstance(request, Generate | Tokenize):
+            self._engine.reset()  # what it knows of the memory will not be true
         match request:
             case Decode():
                 return self._decode(request)
+            case Warm():
+                self._warm()
+                return Warmed()
             case Tokenize():
                 return Tokenized(self._tokenize(request.n_bytes))
             case Generate():
@@ -177,12 +104,9 @@ class LlamaCell:
                 with self.recorder.phase(request.name, request.seq_id):
                     self._unsettled |= request.name in ("copy", "shift")
                     return self._remembered(native_memory.operate(self.memory, request))
-            case Save():
-                return Saved(self._save(request.seq_id))
-            case Load():
+            case Save() | Load():
                 self._settle()
-                (state,) = self._arena.arrays([("u1", request.size)])
-                return self._remembered(native_memory.load(self.context, self.memory, request.seq_id, state))
+                return self._save(request) if isinstance(request, Save) else self._load(request)
             case Resize():
                 self._resize(request)
                 return self._info
@@ -190,32 +114,14 @@ class LlamaCell:
                 self._adapt(request)
                 return Adapted()
 
-    def _load_model(self) -> Any:
-        params = C.llama_model_default_params()
-        params.n_gpu_layers = self.config.n_gpu_layers
-        model = C.llama_model_load_from_file(self.config.model.encode(), params)
-        if not model:
-            raise LoadError(self._voices.last_error or "llama_model_load_from_file returned NULL")
-        return model
+    def copy(self, source: int, target: int) -> None:
+        """Put a copy of a sequence in the place of another. llama.cpp notes it down, for the next decode.
 
-    def _make_context(self) -> Any:
-        params = C.llama_context_default_params()
-        params.n_ctx = self.config.n_ctx
-        params.n_batch = self.config.n_batch
-        params.n_ubatch = min(self.config.n_ubatch, self.config.n_batch)
-        params.n_seq_max = self.config.n_seq_max
-        params.n_threads = params.n_threads_batch = self.config.n_threads
-        params.kv_unified = False  # only so does a batch give each sequence what it would get alone
-        context = C.llama_init_from_model(self.model, params)
-        if context and C.llama_pooling_type(context) != C.LLAMA_POOLING_TYPE_NONE:
-            # The file asks for pooled embeddings; we give a row for each token. (Always asking for NONE would
-            # make llama.cpp warn about every model that says nothing.)
-            C.llama_free(context)
-            params.pooling_type = C.LLAMA_POOLING_TYPE_NONE
-            context = C.llama_init_from_model(self.model, params)
-        if not context:
-            raise LoadError(self._voices.last_error or "llama_init_from_model returned NULL")
-        return context
+        Only whole: across streams llama.cpp aborts on a part of one (llama_kv_cache::seq_cp).
+        """
+        with self.recorder.phase("copy", source):
+            C.llama_memory_seq_cp(self.memory, source, target, -1, -1)
+        self._unsettled = True
 
     def clear(self) -> None:
         """Empty the memory of every sequence. Encoder-only models have none."""
@@ -234,24 +140,27 @@ class LlamaCell:
     ) -> int:
         """One native call over tokens ``begin`` to ``end`` of a batch laid out as `batch_shapes`."""
         rows, positions, seq_ids, outputs, n_seq_id, pointers = arrays
-        counts = np.maximum(n_seq_id, 0).astype(np.uint64)
-        pointers[:] = seq_ids.ctypes.data + 4 * (np.cumsum(counts) - counts)
+        place = _address(seq_ids), n_seq_id.tobytes()
+        if place != self._pointed[0]:
+            counts = np.maximum(n_seq_id, 0)
+            self._pointed = place, place[0] + 4 * (counts.cumsum() - counts)
+        pointers[:] = self._pointed[1]
         for name in nulls:
             if name.startswith("seq_id["):
                 pointers[int(name[7:-1])] = 0
 
-        def at(name: str, array: npt.NDArray[Any], kind: Any, width: int = 1) -> Any:
-            begins = array.ctypes.data + array.itemsize * width * begin
-            return ctypes.cast(0 if name in nulls else begins, kind)
+        def at(name: str, array: npt.NDArray[Any], width: int = 1) -> int:
+            return 0 if name in nulls else _address(array) + array.itemsize * width * begin
 
-        batch: Any = C.llama_batch()
-        batch.n_tokens = end - begin
-        batch.token = None if n_embd else at("token", rows, _INT32)
-        batch.embd = at("embd", rows, _FLOAT, n_embd) if n_embd else None
-        batch.pos = at("pos", positions, _INT32)
-        batch.n_seq_id = at("n_seq_id", n_seq_id, _INT32)
-        batch.seq_id = at("seq_id", pointers, ctypes.POINTER(_INT32))
-        batch.logits = at("logits", outputs, _INT8)
+        fields = (
+            0 if n_embd else at("token", rows),
+            at("embd", rows, n_embd) if n_embd else 0,
+            at("pos", positions),
+            at("n_seq_id", n_seq_id),
+            at("seq_id", pointers),
+            at("logits", outputs),
+        )
+        batch = C.llama_batch.from_buffer_copy(_BATCH.pack(end - begin, *fields))
         what, call = ("encode", C.llama_encode) if encode else ("decode", C.llama_decode)
         with self.recorder.phase(what, end - begin):
             rc = int(call(self.context, batch))
@@ -263,7 +172,7 @@ class LlamaCell:
             shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
             *batch, logits, embeddings = self._arena.arrays([*shapes, *row_shapes(request, self._info)])
             wanted = batch[3].copy()
-            C.llama_set_embeddings(self.context, request.embeddings)
+            self._want_embeddings(request.embeddings)
             if request.embeddings:  # llama.cpp then insists on every token being an output, and warns
                 batch[3][:] = 1
             if request.fresh:
@@ -272,12 +181,16 @@ class LlamaCell:
             batch, 0, request.n_tokens, n_embd=request.n_embd, encode=request.encode, nulls=request.nulls
         )
         if rc == 0:
-            outputs = np.flatnonzero(wanted).tolist()
+            outputs = wanted.nonzero()[0].tolist()
             with self.recorder.phase("copy", len(outputs)):
-                for row, i in enumerate(outputs):
-                    self._copy(C.llama_get_logits_ith, i, logits, row, self._info.n_vocab)
-                    self._copy(C.llama_get_embeddings_ith, i, embeddings, row, self._info.n_embd)
-        return Decoded(rc, native_memory.spans(self.memory, self._sequences(np.unique(batch[2]).tolist())))
+                self._copy(C.llama_get_logits_ith, outputs, logits.reshape(-1, self._info.n_vocab))
+                self._copy(C.llama_get_embeddings_ith, outputs, embeddings.reshape(-1, self._info.n_embd))
+        return Decoded(rc, native_memory.spans(self.memory, self._sequences(set(batch[2].tolist()))))
+
+    def _want_embeddings(self, wanted: bool) -> None:
+        if wanted != self._embeddings:  # llama.cpp logs each call, and the line would go to the supervisor
+            C.llama_set_embeddings(self.context, wanted)
+            self._embeddings = wanted
 
     def _sequences(self, seq_ids: Iterable[int]) -> list[int]:
         """Those that exist: of any other, llama.cpp would abort."""
@@ -299,40 +212,51 @@ class LlamaCell:
         begin = ends[seq_id] + 1
         if begin and self._info.recurrent:  # of such a sequence, no single token can be removed
             raise RuntimeError("a state after a copy needs a sequence that is empty: remove one first")
-        values = (0, begin, seq_id, 0, 1, 0)
-        one = [np.full(1, value, kind) for value, (kind, _) in zip(values, batch_shapes(1), strict=True)]
-        self.run(one, 0, 1)  # 1, no room for it, is as good: what was noted down is done before
+        self._decode_one(seq_id, begin)  # 1, no room for it, is as good: what was noted down is done before
         C.llama_memory_seq_rm(self.memory, seq_id, begin, -1)
         self._unsettled = False
 
-    def _save(self, seq_id: int) -> int:
-        self._settle()
-        size = int(C.llama_state_seq_get_size(self.context, seq_id))
+    def _decode_one(self, seq_id: int, position: int) -> None:
+        values = (0, position, seq_id, 0, 1, 0)
+        one = [np.full(1, value, kind) for value, (kind, _) in zip(values, batch_shapes(1), strict=True)]
+        self.run(one, 0, 1)
+
+    def _warm(self) -> None:
+        if self.memory and not self._info.has_encoder:
+            self._decode_one(0, 0)
+            self.clear()
+
+    def _save(self, request: Save) -> Saved:
+        size = int(C.llama_state_seq_get_size(self.context, request.seq_id))
         if size > self._arena.room:  # to be asked again, with more
-            return size
+            return Saved(size)
         (room,) = self._arena.arrays([("u1", size)])
-        return native_memory.save(self.context, seq_id, room)
+        return Saved(native_memory.save(self.context, request.seq_id, room))
+
+    def _load(self, request: Load) -> Remembered:
+        (state,) = self._arena.arrays([("u1", request.size)])
+        return self._remembered(native_memory.load(self.context, self.memory, request.seq_id, state))
 
     def _resize(self, request: Resize) -> None:
         C.llama_free(self.context)
         self.config = msgspec.structs.replace(self.config, n_ctx=request.n_ctx, n_seq_max=request.n_seq_max)
-        self.context = self._make_context()
+        self.context = make_context(self._loaded, self.config)
         self.memory = C.llama_get_memory(self.context)
         self._info = describe(self.model, self.context)
-        self._engine = Engine(self)
-        self._unsettled = False
+        self._engine = Engine(self, self._arena.nudged)
+        self._unsettled = self._embeddings = False
 
     def _adapt(self, request: Adapt) -> None:
         (vector,) = self._arena.arrays([("f4", request.n_floats)])
         self._adapters.use(self.context, request, vector, self._info.n_embd)
 
-    def _copy(self, get: Any, index: int, into: npt.NDArray[Any], row: int, width: int) -> None:
-        if not len(into):
-            return
-        pointer = get(self.context, index)
-        if not pointer:
-            raise RuntimeError(f"llama.cpp has no row for output {index} of the batch")
-        into[row * width : (row + 1) * width] = np.ctypeslib.as_array(pointer, (width,))
+    def _copy(self, get: Any, outputs: list[int], rows: npt.NDArray[Any]) -> None:
+        """Copy the row of each output; where none was asked for, there is no row to copy it to."""
+        for i, row in zip(outputs, rows, strict=False):
+            pointer = get(self.context, i)
+            if not pointer:
+                raise RuntimeError(f"llama.cpp has no row for output {i} of the batch")
+            ctypes.memmove(_address(row), pointer, row.nbytes)
 
     def _tokenize(self, n_bytes: int) -> int:
         (text,) = self._arena.arrays([("u1", n_bytes)])
@@ -349,11 +273,13 @@ class LlamaCell:
 
     def _generate(self, request: Generate) -> Generated:
         if request.reset:
-            self.clear()
             self._engine.reset()
-        C.llama_set_embeddings(self.context, False)
-        prompts = self._arena.arrays([("i4", join.n_tokens) for join in request.joins])
-        for join, tokens in zip(request.joins, prompts, strict=True):
+            if self.memory:  # marked as empty, not filled with zeros: that would take a while
+                C.llama_memory_clear(self.memory, False)
+        self._want_embeddings(False)
+        arrays = self._arena.arrays(request.shapes())
+        for seq_id in request.leaves:
+            self._engine.leave(seq_id)
+        for join, tokens in zip(request.joins, arrays[6:], strict=True):
             self._engine.join(join, tokens.copy())
-        batch = self._arena.arrays(batch_shapes(request.chunk))
-        return self._engine.generate(batch, request.steps)
+        return self._engine.generate(arrays[:6], request.steps)

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from crumplezone.sandbox.arena import Shape
+from crumplezone.workers.results import Sampling
+
+BESIDE = 128  # most prompt tokens in a native call that also generates: a long prompt makes none wait longer
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -22,6 +25,13 @@ class CellConfig(msgspec.Struct, frozen=True):
     n_ubatch: int
     n_seq_max: int
     n_threads: int
+    n_gpu_layers: int = 0
+
+
+class ModelFile(msgspec.Struct, frozen=True):
+    """What a zygote loads: of any cell's configuration, the fields that a model depends on."""
+
+    model: str
     n_gpu_layers: int = 0
 
 
@@ -135,6 +145,14 @@ class Adapted(msgspec.Struct, frozen=True):
     """Done."""
 
 
+class Warm(msgspec.Struct, tag="warm", frozen=True):
+    """Decode a token and forget it: with the first one, llama.cpp makes its threads and fills its caches."""
+
+
+class Warmed(msgspec.Struct, frozen=True):
+    """Done."""
+
+
 class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
     """Tokenise the UTF-8 text of ``n_bytes`` in the arena; the tokens come back as int32 in its place."""
 
@@ -148,22 +166,29 @@ class Tokenized(msgspec.Struct, frozen=True):
 
 
 class Join(msgspec.Struct, frozen=True):
-    """A prompt that takes a free sequence; its tokens lie in the arena, one prompt behind the other."""
+    """A prompt that takes a free sequence; its tokens lie in the arena (`Generate.shapes`)."""
 
     seq_id: int
     n_tokens: int
-    max_tokens: int
-    temperature: float
-    seed: int
+    sampling: Sampling  # ``max_tokens``: still to come
 
 
 class Generate(msgspec.Struct, tag="generate", frozen=True):
-    """Let prompts join, then run up to ``steps`` native calls over all running sequences."""
+    """Let sequences leave and prompts join, then run up to ``steps`` native calls over all that run.
+
+    The reply comes earlier when a sequence has got its first token or its last, when the supervisor nudges
+    (`Arena.nudge`), or when it would else take long. At least one native call is made if any sequence runs.
+    """
 
     joins: list[Join]
     steps: int
     chunk: int  # most tokens per native call
+    leaves: list[int] = []  # sequences to give up, before any joins
     reset: bool = False  # clear the memory and forget every sequence first
+
+    def shapes(self) -> list[Shape]:
+        """The batch of a native call (`batch_shapes`), and behind it the tokens of each that joins."""
+        return [*batch_shapes(self.chunk), *(("i4", join.n_tokens) for join in self.joins)]
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -176,13 +201,13 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Generated(msgspec.Struct, frozen=True):
-    """One entry for each sequence that moved."""
+    """One entry for each sequence that was running."""
 
     rc: int
     progress: list[Progress]
 
 
-Request = Decode | Tokenize | Generate | MemoryOperation | Save | Load | Resize | Adapt
+Request = Decode | Tokenize | Generate | MemoryOperation | Save | Load | Resize | Adapt | Warm
 
 
 def batch_shapes(n_tokens: int, n_seq_ids: int = -1, n_embd: int = 0) -> list[Shape]:

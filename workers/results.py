@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
+from typing import TypedDict
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CrumplezoneError, InputError, SequenceError
+from crumplezone.errors import CrumplezoneError, InputError, SequenceError, check_integer, check_number
 from crumplezone.workers.calls import Rows
 from crumplezone.workers.columns import Columns, Int32
 
@@ -21,17 +24,101 @@ class Rung(StrEnum):
     TOKEN = "token"  # one token at a time  # noqa: S105 - a rung, not a secret
 
 
+COLDEST = 1e-6  # a temperature below is greedy: logits divided by it might overflow, and inf - inf is NaN
+_INTEGERS = {  # of `Sampling`: smallest and largest
+    "max_tokens": (1, 2**31 - 1),
+    "top_k": (0, 2**31 - 1),
+    "penalty_last_n": (0, 2**16),
+    "seed": (0, 2**63 - 1),
+}
+_NUMBERS = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repeat_penalty": (0.01, 100.0),  # llama.cpp divides by it
+    "frequency_penalty": (-100.0, 100.0),
+    "presence_penalty": (-100.0, 100.0),
+}
+
+
+def check_sampling(values: object, prefix: str = "") -> None:
+    """Raise `InputError` unless an object has the attributes of a `Sampling`, all of them in range.
+
+    Args:
+        values: The object.
+        prefix: Put before the name of an attribute in the message.
+    """
+    for name, limits in _INTEGERS.items():
+        check_integer(prefix + name, getattr(values, name), *limits)
+    for name, bounds in _NUMBERS.items():
+        check_number(prefix + name, getattr(values, name), *bounds)
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: ``temperature`` 0 is greedy."""
+    """How to draw tokens, by llama.cpp's own samplers: penalties, top_k, top_p, min_p, temperature.
+
+    Attributes:
+        max_tokens: Most tokens to draw.
+        temperature: 0 is greedy: of all the others, only the penalties then matter.
+        top_k: Of the likeliest tokens so many are kept; 0: all.
+        top_p: The likeliest are kept that have this much probability together; 1: all.
+        min_p: Those are kept that have this share of the likeliest one's probability; 0: all.
+        repeat_penalty: Divides the logits of tokens that came lately; 1: does not.
+        frequency_penalty: Taken from their logits for each time that they came.
+        presence_penalty: Taken from their logits once.
+        penalty_last_n: "Lately" is so many tokens, the prompt's included.
+        seed: The same seed gives the same text, crash or no crash.
+
+    Raises:
+        InputError: One of them is out of range.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    penalty_last_n: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_sampling(self)
+        for names, kind in ((_INTEGERS, int), (_NUMBERS, float)):
+            for name in names:  # numpy's numbers are welcome, but do not travel
+                object.__setattr__(self, name, kind(getattr(self, name)))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no chance is involved."""
+        return self.temperature < COLDEST
+
+    @property
+    def plain(self) -> bool:
+        """Whether each token is simply the likeliest."""
+        penalties = self.repeat_penalty, self.frequency_penalty, self.presence_penalty
+        return self.greedy and (not self.penalty_last_n or penalties == (1, 0, 0))
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling` as keyword arguments."""
 
     max_tokens: int
     temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    penalty_last_n: int
     seed: int
 
 
-@dataclass(frozen=True)
-class SequenceResult:
+class SequenceResult(msgspec.Struct, frozen=True):
     """One sequence's rows, or the error with which it failed alone.
 
     Attributes:
@@ -51,17 +138,27 @@ class SequenceResult:
 
 def share_out(columns: Columns, rows: Rows) -> list[SequenceResult]:
     """Cut the rows of a whole batch into those of its sequences."""
-    place = np.cumsum(columns.outputs) - 1  # of each output among the rows
+    wanted = columns.outputs.tolist()
+    places = list(accumulate(wanted, initial=0))  # of each output among the rows
+    found: dict[int, list[int]] = {}
+    for i, seq_id in zip(columns.owners.tolist(), columns.seq_ids.tolist(), strict=True):
+        mine = found.setdefault(seq_id, [])
+        if wanted[i]:
+            mine.append(places[i])
+    positions = columns.positions[columns.outputs]
     results = []
-    for seq_id in columns.sequences:
-        mine = columns.rows_of(seq_id)
-        wanted = mine[columns.outputs[mine]]
-        logits, embeddings = (
-            None if each is None else each[place[wanted]] for each in (rows.logits, rows.embeddings)
-        )
-        cut = Rows(logits, embeddings)
-        results.append(SequenceResult(seq_id, columns.positions[wanted], cut, Rung.NATIVE))
+    for seq_id, mine in found.items():
+        cut = _as_slice(mine)
+        logits = None if rows.logits is None else rows.logits[cut]
+        embeddings = None if rows.embeddings is None else rows.embeddings[cut]
+        results.append(SequenceResult(seq_id, positions[cut], Rows(logits, embeddings), Rung.NATIVE))
     return results
+
+
+def _as_slice(places: list[int]) -> list[int] | slice:
+    """The same rows; as a slice, which copies nothing, where they lie side by side."""
+    begin, end = (places[0], places[-1] + 1) if places else (0, 0)
+    return slice(begin, end) if places == list(range(begin, end)) else places
 
 
 class Result:
@@ -91,7 +188,7 @@ class Result:
         return self._sequence(seq_id).rung
 
     def logits(self, seq_id: int, pos: int = -1) -> npt.NDArray[np.float32]:
-        """Logits of one output, float32, shape (n_vocab,), the caller's own.
+        """Logits of one output, float32, shape (n_vocab,); a view of what this result holds.
 
         Args:
             seq_id: The sequence.
@@ -123,10 +220,10 @@ class Result:
         if rows is None:
             raise InputError("result", "missing", "this was not asked for: pass embeddings=True to decode")
         outputs = self._sequence(seq_id).positions
-        index = np.flatnonzero(outputs == pos) if pos >= 0 else np.arange(len(outputs))[-1:]
-        if pos < -1 or not len(index):
+        found = range(len(outputs)) if pos == -1 else np.flatnonzero(outputs == pos).tolist()
+        if pos < -1 or not found:
             raise InputError("pos", pos, f"sequence {seq_id} has outputs at {outputs.tolist()}")
-        row: npt.NDArray[np.float32] = rows[int(index[-1])].copy()
+        row: npt.NDArray[np.float32] = rows[found[-1]]
         return row
 
 
@@ -153,3 +250,8 @@ class Completion:
     rung: Rung
     error: CrumplezoneError | None = None
     reports: tuple[str, ...] = ()
+
+
+def failed(index: int, prompt: str, error: CrumplezoneError, reports: tuple[str, ...] = ()) -> Completion:
+    """The completion of a prompt that never began."""
+    return Completion(index, prompt, "", [], "error", Rung.NATIVE, error, reports)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, ModelError, UsageError
-from crumplezone.reports import text
-from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Generating, Report
-from crumplezone.sandbox.cell import Cell, CellSpec
+from crumplezone.errors import CellRefused, InputError, ModelError
+from crumplezone.reports.schema import BatchRecord, Exit, Generating
+from crumplezone.sandbox.cell import Cell
+from crumplezone.sandbox.zygote import Zygote
 from crumplezone.workers.calls import Adapters, Ask, Limits, RefusedError, Rows
 from crumplezone.workers.columns import Columns
 from crumplezone.workers.flight import Flight
 from crumplezone.workers.incident import Reporter
-from crumplezone.workers.model import check_file
 from crumplezone.workers.protocol import (
     Adapt,
     Adapted,
@@ -40,6 +39,7 @@ from crumplezone.workers.protocol import (
     batch_shapes,
     row_shapes,
 )
+from crumplezone.workers.source import Source
 from crumplezone.workers.splits import split_simple
 
 TARGET = "crumplezone.workers.native:LlamaCell"
@@ -53,22 +53,30 @@ class Runner:
         limits: Of every call and every cell.
         reporter: Where a crash of the loader is reported; None to raise it as it is.
         target: What the cell runs.
+        zygote: What forks the cells; None: they are spawned.
+        spares: Warm cells in reserve.
     """
 
     def __init__(
-        self, config: CellConfig, limits: Limits, reporter: Reporter | None, target: str = TARGET
+        self,
+        config: CellConfig,
+        limits: Limits,
+        reporter: Reporter | None,
+        target: str = TARGET,
+        *,
+        zygote: Zygote | None = None,
+        spares: int = 0,
     ) -> None:
-        self.config, self._limits, self._reporter = config, limits, reporter
-        self._target = target
+        self.config, self._limits = config, limits
+        self._source = Source(target, config, limits, reporter, zygote, spares)
         self._cell: Cell | None = None
         self._info: CellInfo | None = None
         self._flight = Flight(0)
-        self._shut = False
 
     @property
     def pid(self) -> int | None:
         """Process id of the running cell, if there is one."""
-        return self._cell.pid if self._cell and self._cell.alive else None
+        return self._source.pid
 
     @property
     def info(self) -> CellInfo:
@@ -88,8 +96,26 @@ class Runner:
         """Most tokens per native call: llama.cpp clamps n_batch to n_ctx."""
         return min(self.config.n_batch, self.config.n_ctx)
 
+    @property
+    def cell(self) -> Cell | None:
+        """The cell of the latest call, dead or alive."""
+        return self._cell
+
+    def foresee(self) -> None:
+        """Know the model, from the zygote if it has this configuration, else by starting a cell.
+
+        Raises:
+            ModelError, CrumplezoneError, CellDied, UsageError: As `start`.
+        """
+        self._info = self._source.foresee(CellInfo)
+
+    @property
+    def spare_pids(self) -> list[int]:
+        """Process ids of the spares."""
+        return self._source.spare_pids
+
     def start(self) -> Cell:
-        """The running cell; a new one if there is none.
+        """The running cell; a new one if there is none, or if it died since the latest call.
 
         Raises:
             ModelError: The model or the context could not be made.
@@ -97,34 +123,16 @@ class Runner:
             CellDied: The loader crashed, and there is no reporter.
             UsageError: It was shut.
         """
-        if self._shut:
-            raise UsageError("this decoder is closed: make a new one")
-        if self._cell is None or not self._cell.alive:
-            check_file(Path(self.config.model))  # it may be gone since the last cell
-            spec = CellSpec(self._target, self.config, memory_limit=self._limits.memory)
-            try:
-                self._cell = Cell(spec)
-                self._info = self._cell.info(CellInfo)
-            except CellRefused as error:
-                if error.kind == "LoadError":
-                    raise ModelError(self.config.model, f"llama.cpp cannot load it: {error}") from error
-                raise CrumplezoneError(f"the cell did not start: {error.kind}: {error}") from error
-            except OSError as error:
-                remedy = "free memory, processes or file descriptors"
-                raise CrumplezoneError(f"no cell could be started ({error}): {remedy}") from error
-            except CellDied as died:
-                if self._reporter is None:
-                    raise
-                raise self._loader_crashed(died, self._reporter) from died
-        return self._cell
+        return self._use(self._source.start())
 
-    def _loader_crashed(self, died: CellDied, reporter: Reporter) -> ModelError:
-        result = "the model could not be loaded"
-        path = reporter.file_lone(died.incident, "while loading the model", result, self.config, None)
-        reporter.flush()
-        evidence: Evidence = died.incident.evidence.result()
-        what = text.summary(Report("", "", evidence, result=result))
-        return ModelError(self.config.model, f"llama.cpp died while loading it. {what} Report: {path}", path)
+    def _running(self) -> Cell:
+        """As `start`, but in the middle of a job: a cell that died since its latest call is not replaced."""
+        return self._use(self._source.running())
+
+    def _use(self, cell: Cell) -> Cell:
+        if cell is not self._cell:
+            self._cell, self._info = cell, cell.info(CellInfo)
+        return cell
 
     def send(self, columns: Columns, ask: Ask, chunk: int = 0, *, fresh: bool = True) -> Rows:
         """Decode (or encode) a batch as it stands, be it valid or not.
@@ -148,7 +156,7 @@ class Runner:
 
     def _send(self, columns: Columns, ask: Ask, *, fresh: bool) -> Rows:
         """One native call."""
-        cell, info = self.start(), self.info
+        cell, info = self._running(), self.info
         n_outputs = int(np.count_nonzero(columns.outputs))
         request = Decode(
             n_tokens=len(columns),
@@ -186,7 +194,7 @@ class Runner:
         Raises:
             CellDied: The cell was lost.
         """
-        remembered = self.start().call(request, Remembered, self._limits.deadline)
+        remembered = self._running().call(request, Remembered, self._limits.deadline)
         self._checked(remembered.spans)
         return remembered
 
@@ -196,7 +204,7 @@ class Runner:
         Raises:
             CellDied: The cell was lost.
         """
-        cell = self.start()
+        cell = self._running()
         size = cell.call(Save(seq_id), Saved, self._limits.deadline).size
         if size > cell.arena.room:
             cell.arena.reserve([("u1", size)])
@@ -212,7 +220,7 @@ class Runner:
         Raises:
             CellDied: The cell was lost.
         """
-        cell = self.start()
+        cell = self._running()
         (room,) = cell.arena.arrays([("u1", len(state))])
         room[:] = np.frombuffer(state, np.uint8)
         remembered = cell.call(Load(seq_id, len(state)), Remembered, self._limits.deadline)
@@ -226,13 +234,14 @@ class Runner:
             ModelError: The context could not be made. The cell is gone.
             CellDied: The cell was lost.
         """
-        cell = self.start()
+        cell = self._running()
         try:
             self._info = cell.call(Resize(n_ctx, n_seq_max), CellInfo, self._limits.deadline)
         except CellRefused as refused:
             self.close()
             raise ModelError(self.config.model, f"no such context can be made: {refused}") from refused
         self.config = msgspec.structs.replace(self.config, n_ctx=n_ctx, n_seq_max=n_seq_max)
+        self._source.renew(self.config)
 
     def adapt(self, adapters: Adapters) -> None:
         """Set the adapters of the context.
@@ -241,7 +250,7 @@ class Runner:
             InputError: One of them is none of this model.
             CellDied: The cell was lost.
         """
-        cell = self.start()
+        cell = self._running()
         (room,) = cell.arena.arrays([("f4", len(adapters.vector))])
         room[:] = adapters.vector
         paths, scales = [path for path, _ in adapters.lora], [scale for _, scale in adapters.lora]
@@ -257,7 +266,7 @@ class Runner:
         Raises:
             CellDied: The cell was lost.
         """
-        cell = self.start()
+        cell = self._running()
         raw = prompt.encode("utf-8", "surrogatepass")
         cell.arena.reserve([("i4", len(raw) + 16)])  # the tokens come back in the text's place
         (room,) = cell.arena.arrays([("u1", len(raw))])
@@ -274,26 +283,37 @@ class Runner:
         steps: int,
         chunk: int,
         *,
+        leaves: Sequence[int] = (),
         reset: bool = False,
     ) -> Generated:
         """Run up to ``steps`` native calls over the running sequences and those that join.
+
+        It returns earlier when a sequence has got its first token or its last, when the arena of the cell was
+        nudged, or when it would else take long.
+
+        Args:
+            joins: Prompts, each with its tokens, int32, shape (n_tokens,).
+            steps: Most native calls.
+            chunk: Most tokens per native call, from 1 to ``n_batch``.
+            leaves: Sequences to give up; their places are free for ``joins``.
+            reset: Give up all of them, and empty the memory.
 
         Raises:
             RefusedError: The return code was not 0.
             CellDied: The cell was lost.
         """
-        cell = self.start()
+        cell = self._running()
         if reset:
             self._flight = Flight(self.info.n_vocab)
+        for seq_id in leaves:
+            self._flight.leave(seq_id)
         for join, _ in joins:
             self._flight.join(join)
-        # Reserved once: both sides cut the same memory, first for the prompts, then for the batch.
-        cell.arena.reserve(batch_shapes(chunk))
-        for room, (_, tokens) in zip(
-            cell.arena.arrays([("i4", j.n_tokens) for j, _ in joins]), joins, strict=True
-        ):
+        request = Generate([join for join, _ in joins], steps, chunk, list(leaves), reset)
+        arrays = cell.arena.arrays(request.shapes())
+        arrays[4][:] = 0  # `n_seq_id`: no native call was made yet: see `last_batch`
+        for room, (_, tokens) in zip(arrays[6:], joins, strict=True):
             room[:] = tokens
-        request = Generate([join for join, _ in joins], steps, chunk, reset)
         try:
             generated = cell.call(request, Generated, self._limits.deadline)
         except CellRefused as refused:
@@ -301,7 +321,7 @@ class Runner:
                 raise cell.condemn(Exit.NON_FINITE, str(refused)) from refused
             raise
         self._check(generated.rc)
-        if problem := self._flight.land(generated, steps * chunk):
+        if problem := self._flight.land(generated, chunk):
             raise cell.condemn(Exit.PROTOCOL, f"the cell {problem}")
         return generated
 
@@ -323,20 +343,22 @@ class Runner:
             operation="generate",
             chunk=chunk,
             generating=[
-                Generating(join.seq_id, known.tolist(), join.max_tokens, join.temperature, join.seed)
+                Generating(join.seq_id, known.tolist(), **dataclasses.asdict(join.sampling))
                 for join, known in joins
             ],
         )
 
+    def stocked(self, timeout: float) -> bool:
+        """Wait until every spare is there; False if that takes longer (seconds), or none is made any more."""
+        return self._source.stocked(timeout)
+
     def shut(self) -> None:
-        """End the cell for good."""
-        self._shut = True
-        self.close()
+        """End the cell and its spares for good."""
+        self._source.shut()
 
     def close(self) -> None:
         """End the cell; the next call starts a new one."""
-        if self._cell is not None:
-            self._cell.close()
+        self._source.close()
 
     def _check(self, rc: int, spans: Sequence[Span] = ()) -> None:
         if rc:

@@ -39,14 +39,21 @@ class Session:
         runner: The cell, replaced when it has died.
         reporter: Where a crash in the middle of a memory operation goes.
         checkpoint_every: After so many tokens, keep the state of every sequence in their place; 0: never.
+        adapters: That every cell is to have.
     """
 
-    def __init__(self, runner: Runner, reporter: Reporter, checkpoint_every: int = 0) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        reporter: Reporter,
+        checkpoint_every: int = 0,
+        adapters: Adapters | None = None,
+    ) -> None:
         self.runner = runner
         self._reporter = reporter
         self._checkpoint_every = checkpoint_every
         self._journal = Journal()
-        self._adapters: Adapters | None = None
+        self._adapters = adapters
         self._cell: Cell | None = None  # the one that holds this memory
         self._forget()
 
@@ -151,6 +158,21 @@ class Session:
         self._again("setting adapters", lambda: self.runner.adapt(adapters))
         self._adapters = adapters
 
+    @property
+    def adapters(self) -> Adapters | None:
+        """What every cell has."""
+        return self._adapters
+
+    def equip(self) -> None:
+        """Have the adapters in the running cell, whatever its memory holds.
+
+        Raises:
+            InputError: One of them is gone.
+            CellDied: The cell was lost.
+        """
+        if self._adapters:
+            self.runner.adapt(self._adapters)
+
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
         """Let the cell be used for something else; it is given its memory back when that is needed."""
@@ -186,7 +208,7 @@ class Session:
                 self._drop()
             else:
                 if not problem:
-                    self._cell = self.runner.start()
+                    self._cell = self.runner.cell
                     break
         return problem
 
@@ -199,8 +221,7 @@ class Session:
     def _replay(self, chunk: int) -> str:
         """Give the memory to the running cell, whatever is in it; what did not arrive, or an empty string."""
         self.runner.operate(MemoryOperation("clear"))
-        if self._adapters:
-            self.runner.adapt(self._adapters)
+        self.equip()
         arrived = np.full_like(self.pos_max, -1)
         for operation in self._journal.replay():
             remembered = self._do(operation, chunk)

@@ -73,9 +73,3 @@ def capacity(info: CellInfo, config: CellConfig, *, embeddings: bool) -> Capacit
         n_pos_per_embd=info.n_pos_per_embd,
         n_positions=info.n_ctx_train if info.learned_positions else None,
     )
-
-
-def check_number(field: str, value: object, low: float, high: float) -> None:
-    """Raise `InputError` unless a value is a number from ``low`` to ``high``; NaN is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InputError(field, value, f"must be a number from {low:g} to {high:g}")

@@ -22,6 +22,7 @@ Int64 = npt.NDArray[np.int64]
 
 _TOKEN_NULL = -1  # LLAMA_TOKEN_NULL, include/llama.h
 _INT32_MAX = np.iinfo(np.int32).max
+_GLANCE = 512  # tokens; of more, numpy is faster than a glance
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,38 @@ def validate(
     """
     if level not in _RULES:
         raise InputError("level", level, f"must be one of {', '.join(_RULES)}")
+    if not encode and plainly_valid(columns, capacity, memory):
+        return
     case = _Case(columns, capacity, memory, encode)
     for rule in _RULES[level]:
         rule(case)
+
+
+def plainly_valid(columns: Columns, capacity: Capacity, memory: Memory) -> bool:
+    """Whether it is seen at a glance that no rule refuses a batch; if not, that is for the rules to say.
+
+    It is of most batches: a few tokens, each of one sequence, that go on one by one where nothing is special.
+    """
+    n, tokens, room = len(columns), columns.tokens, capacity.n_ctx_seq
+    if not 0 < n <= min(_GLANCE, capacity.n_batch) or tokens is None or columns.embd is not None:
+        return False
+    if capacity.has_encoder or capacity.pooled or not (capacity.causal and columns.single):
+        return False
+    if capacity.n_outputs_max is not None or capacity.n_positions is not None:
+        return False
+    values, seq_ids = tokens.tolist(), columns.seq_ids.tolist()
+    if min(values) < 0 or max(values) >= capacity.n_vocab:
+        return False
+    if min(seq_ids) < 0 or max(seq_ids) >= capacity.n_seq_max:
+        return False
+    held = {seq_id: int(memory.pos_max[seq_id]) for seq_id in set(seq_ids)}
+    last = held.copy()
+    for seq_id, position in zip(seq_ids, columns.positions.tolist(), strict=True):
+        if position != last[seq_id] + 1:
+            return False
+        last[seq_id] = position
+    began = {seq_id: int(memory.pos_min[seq_id]) if end >= 0 else 0 for seq_id, end in held.items()}
+    return room is None or all(end - began[seq_id] < room for seq_id, end in last.items())
 
 
 @dataclass(frozen=True, eq=False)

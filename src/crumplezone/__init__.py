@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crumplezone.workers.batch import Batch as Batch
     from crumplezone.workers.decoder import Decoder as Decoder
+    from crumplezone.workers.embedding import Embeddings as Embeddings
+    from crumplezone.workers.jobs import Stream as Stream
     from crumplezone.workers.llama import Llama as Llama
     from crumplezone.workers.llama_objects import LlamaGrammar as LlamaGrammar
     from crumplezone.workers.llama_objects import LlamaPromptLookupDecoding as LlamaPromptLookupDecoding
@@ -27,6 +29,7 @@ _HOMES = {
     "Batch": "batch",
     "Completion": "results",
     "Decoder": "decoder",
+    "Embeddings": "embedding",
     "Llama": "llama",
     "LlamaGrammar": "llama_objects",
     "LlamaPromptLookupDecoding": "llama_objects",
@@ -36,6 +39,7 @@ _HOMES = {
     "Result": "results",
     "Rung": "results",
     "SafeBatchProcessor": "safe",
+    "Stream": "jobs",
     "embedded_model": "model",
 }
 
@@ -43,6 +47,7 @@ __all__ = [
     "Batch",
     "Completion",
     "Decoder",
+    "Embeddings",
     "Llama",
     "LlamaGrammar",
     "LlamaPromptLookupDecoding",
@@ -52,6 +57,7 @@ __all__ = [
     "Rung",
     "SafeBatchProcessor",
     "StoppingCriteriaList",
+    "Stream",
     "embedded_model",
 ]
 

@@ -53,6 +53,12 @@ def check_integer(
         raise error(field, value, limit)
 
 
+def check_number(field: str, value: object, low: float, high: float) -> None:
+    """Raise `InputError` unless a value is a number from ``low`` to ``high``; NaN is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InputError(field, value, f"must be a number from {low:g} to {high:g}")
+
+
 class ModelError(CrumplezoneError):
     """A model file that is missing, is not GGUF, or that llama.cpp could not load.
 

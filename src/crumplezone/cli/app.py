@@ -57,7 +57,10 @@ def run(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add to each prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="For temperatures above 0.")] = 0,
-    n_seq_max: Annotated[int, typer.Option(min=1, max=256, help="Prompts decoded together.")] = 8,
+    n_seq_max: Annotated[
+        int, typer.Option(min=0, max=256, help="Prompts decoded together; 0: what is fastest, measured once.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Cells that share the prompts.")] = 1,
     n_ctx: Annotated[int, typer.Option(min=0, help="Context over all sequences; 0: 1024 for each.")] = 0,
     reports: ReportsOption = None,
 ) -> None:
@@ -65,7 +68,8 @@ def run(
     from crumplezone.cli.run import Job, complete
     from crumplezone.workers.results import Sampling
 
-    job = Job(prompts, out, model, Sampling(max_tokens, temperature, seed), n_seq_max, n_ctx, reports)
+    sampling = Sampling(max_tokens, temperature, seed=seed)
+    job = Job(prompts, out, model, sampling, n_seq_max, workers, n_ctx, reports)
     raise typer.Exit(SOME_FAILED if complete(job) else 0)
 
 

@@ -38,7 +38,10 @@ def show(model: Path | None, reports: Path | None) -> None:
     console = Console(highlight=False)
     path = model or embedded_model()
     with Decoder(path, n_seq_max=len(PROMPTS), preflight=False, reports=reports) as decoder:
-        console.print(Text(text.printable(f"{path.name}: {decoder.info.description}, in cell {decoder.pid}")))
+        found = decoder.processes
+        loader = (found["zygote"] or found["memory"])[0]
+        loaded = f"{path.name}: {decoder.info.description}, loaded by process {loader}"
+        console.print(Text(text.printable(loaded)))
         _generate(console, decoder)
         sequences = [decoder.tokenize(prompt) for prompt in PROMPTS]
         console.print("\nNow the same prompts through llama_encode, with preflight off.")

@@ -30,6 +30,7 @@ class Job:
     model: Path | None
     sampling: Sampling
     n_seq_max: int
+    workers: int
     n_ctx: int
     reports: Path | None
 
@@ -198,10 +199,11 @@ def complete(job: Job) -> int:
                     job.model or embedded_model(),
                     n_ctx=job.n_ctx,
                     n_seq_max=job.n_seq_max,
+                    workers=job.workers,
                     reports=job.reports,
                 ) as decoder,
                 _progress(console, len(prompts), len(output.done)) as progress,
-                contextlib.closing(decoder.complete(todo, job.sampling)) as completions,
+                contextlib.closing(decoder.complete(todo.items(), job.sampling)) as completions,
             ):
                 for completion in completions:
                     output.append(completion)

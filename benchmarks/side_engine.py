@@ -1,0 +1,95 @@
+"""The engine without supervision, in this process. ``side_engine MODEL WIDTH N_CTX_SEQ THREADS``."""
+
+from __future__ import annotations
+
+import heapq
+import socket
+import sys
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.peer import serve
+from crumplezone.sandbox.arena import Arena
+from crumplezone.sandbox.child import Room
+from crumplezone.workers.generation import STEPS
+from crumplezone.workers.native import LlamaCell
+from crumplezone.workers.protocol import Generate, Join, Tokenize
+from crumplezone.workers.results import Sampling
+from crumplezone.workers.settings import configure
+
+N_BATCH = 2048
+
+
+class InProcessEngine:
+    """`LlamaCell` as a cell has it, but called directly.
+
+    Args:
+        path: The model.
+        width: Sequences at a time.
+        n_ctx_seq: Tokens of context for each.
+        threads: Compute threads.
+    """
+
+    def __init__(self, path: str, width: int, n_ctx_seq: int, threads: int) -> None:
+        config = configure(
+            path,
+            n_ctx=width * n_ctx_seq,
+            n_batch=N_BATCH,
+            n_ubatch=512,
+            n_seq_max=width,
+            n_threads=threads,
+            n_gpu_layers=0,
+        )
+        self._width, self._arena = width, Arena()
+        unused, _ = socket.socketpair()
+        room = Room(self._arena, unused, self._arena.recorder(), _never_asks)
+        self._cell = LlamaCell(msgspec.Raw(msgspec.msgpack.encode(config)), room)
+
+    def complete(self, prompts: list[str], max_tokens: int) -> tuple[int, float]:
+        """How many tokens it made, in how many seconds."""
+        start = time.perf_counter()
+        queue = deque(self._tokenize(prompt) for prompt in prompts)
+        free, made, first = list(range(self._width)), 0, True
+        while queue or len(free) < self._width:
+            joining = [queue.popleft() for _ in range(min(len(free), len(queue)))]
+            # The lowest first, as `Generation` does: llama.cpp computes only neighbours together.
+            joins = [Join(heapq.heappop(free), len(tokens), Sampling(max_tokens)) for tokens in joining]
+            request = Generate(joins, STEPS, N_BATCH, reset=first)
+            arrays = self._arena.arrays(request.shapes())
+            for room, tokens in zip(arrays[-len(joins) :] if joins else (), joining, strict=True):
+                room[:] = tokens
+            generated: Any = self._cell.handle(request)
+            if generated.rc:
+                raise RuntimeError(f"llama_decode returned {generated.rc}")
+            made += sum(len(progress.tokens) for progress in generated.progress)
+            for progress in generated.progress:
+                if progress.finished:
+                    heapq.heappush(free, progress.seq_id)
+            first = False
+        return made, time.perf_counter() - start
+
+    def _tokenize(self, prompt: str) -> npt.NDArray[np.int32]:
+        raw = np.frombuffer(prompt.encode(), np.uint8)
+        self._arena.reserve([("i4", len(raw) + 16)])
+        self._arena.arrays([("u1", len(raw))])[0][:] = raw
+        tokenized: Any = self._cell.handle(Tokenize(len(raw)))
+        return self._arena.arrays([("i4", tokenized.n_tokens)])[0].copy()
+
+
+def _never_asks(question: msgspec.Struct) -> msgspec.Raw:
+    raise AssertionError(f"a llama.cpp cell asks nothing: {question}")
+
+
+def main() -> None:
+    """Load, and answer."""
+    path, *numbers = sys.argv[1:]
+    serve(lambda: {"complete": InProcessEngine(path, *map(int, numbers)).complete})
+
+
+if __name__ == "__main__":
+    main()

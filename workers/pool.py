@@ -1,0 +1,205 @@
+"""The lanes of a decoder: as many cells as it has workers, over one queue of jobs."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import msgspec
+
+from crumplezone.errors import CrumplezoneError, InputError, UsageError
+from crumplezone.workers.calls import Adapters
+from crumplezone.workers.cells import Cells
+from crumplezone.workers.generation import Generation
+from crumplezone.workers.jobs import Job, PromptJob
+from crumplezone.workers.ladder import Ladder
+from crumplezone.workers.lane import Lane, Queue
+from crumplezone.workers.protocol import CellConfig
+from crumplezone.workers.results import Completion, Sampling, failed
+from crumplezone.workers.runner import Runner
+from crumplezone.workers.safe import Descent
+from crumplezone.workers.session import Session
+from crumplezone.workers.width import choose
+from crumplezone.workers.width_race import Width
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the lanes of a decoder are made of.
+
+    Attributes:
+        config: Of the decoder's own cell.
+        n_seq: Sequences that a lane decodes together; 0: measured.
+        n_threads: Threads of a lane; 0: measured, at most its share of the cores.
+        adapters: That every cell is to have.
+    """
+
+    config: CellConfig
+    cells: Cells
+    workers: int
+    n_seq: int
+    n_threads: int
+    safe_fallback: bool
+    preflight: bool
+    adapters: Adapters | None = None
+
+    def width(self) -> Width:
+        """As given, or as measured."""
+        share = max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return choose(
+            self.config,
+            self.cells.limits,
+            self.cells.reporter,
+            zygote=self.cells.zygote,
+            n_seq=self.n_seq,
+            n_threads=self.n_threads,
+            most_threads=share,
+            contexts=self.workers * (1 + self.cells.spares),
+        )
+
+    def lane(self, queue: Queue, width: Width, number: int) -> Lane:
+        """Start a lane."""
+        # Room for a batch of as many sequences as the decoder takes, be the width smaller.
+        n_seq_max = max(width.n_seq, self.config.n_seq_max)
+        config = msgspec.structs.replace(
+            self.config,
+            n_ctx=self.config.n_ctx // self.config.n_seq_max * n_seq_max,
+            n_batch=max(self.config.n_batch, n_seq_max),
+            n_seq_max=n_seq_max,
+            n_threads=width.n_threads,
+        )
+        runner, reporter = self.cells.runner(config), self.cells.reporter
+        session = Session(runner, reporter, adapters=self.adapters)
+        descent = Descent(runner, reporter) if self.safe_fallback else None
+        ladder = Ladder(session, descent, reporter, preflight=self.preflight)
+        generation = Generation(session, descent, reporter, width.n_seq)
+        return Lane(queue, session, ladder, generation, f"lane-{number}")
+
+
+class Pool:
+    """Lanes over one queue. The first prompts wait until the width has been measured.
+
+    Args:
+        plan: What they are made of.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._queue = Queue(plan.workers)
+        self._lanes: list[Lane] = []
+        self._width: Width | None = None
+        self.failure: CrumplezoneError | None = None  # why there are no lanes
+        self._opener = threading.Thread(target=self._open, name="lanes", daemon=True)
+        self._opener.start()
+
+    @property
+    def runners(self) -> list[Runner]:
+        """Of the lanes."""
+        return [lane.runner for lane in self._lanes]
+
+    @property
+    def places(self) -> int:
+        """How many prompts all lanes together have in flight at most. Waits for the measurement.
+
+        Raises:
+            CrumplezoneError: There are no lanes.
+        """
+        self._opener.join()
+        if self._width is None:
+            raise self.failure or UsageError("this decoder is closed: make a new one")
+        return self._width.n_seq * self.plan.workers
+
+    def put(self, job: Job) -> None:
+        """Add a job.
+
+        Raises:
+            UsageError: The pool is closed.
+        """
+        self._queue.put(job)
+
+    def retire(self) -> None:
+        """Take no more jobs; do those that there are, and end."""
+        self._queue.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether every lane has come to its end."""
+        return not (self._opener.is_alive() or any(lane.alive for lane in self._lanes))
+
+    def abandon(self) -> None:
+        """Fail what is not done; the lanes end by themselves."""
+        self._queue.kill()
+
+    def close(self) -> None:
+        """Fail what is not done, and wait until every lane has ended."""
+        self.abandon()
+        self._opener.join()
+        for lane in self._lanes:
+            lane.join()
+
+    def _open(self) -> None:
+        try:
+            width = self.plan.width()
+            self._lanes = [self.plan.lane(self._queue, width, n) for n in range(self.plan.workers)]
+            self._width = width
+        except Exception as error:  # noqa: BLE001 - whoever waits for a place must be told
+            known = error if isinstance(error, CrumplezoneError) else None
+            self.failure = known or CrumplezoneError(f"no lane could be started: {error}")
+            self._queue.kill(self.failure)
+
+
+def wrong(prompt: object, field: str) -> InputError | None:
+    """What is wrong with a prompt."""
+    if isinstance(prompt, str) and prompt:
+        return None
+    return InputError(field, prompt, "must be a text of at least one character")
+
+
+def complete(
+    pool: Callable[[], Pool], prompts: Iterable[tuple[int, str]], sampling: Sampling
+) -> Generator[Completion, None, None]:
+    """Complete numbered prompts; twice as many as can be in flight are read ahead.
+
+    Args:
+        pool: The lanes that take jobs just now.
+        prompts: Numbers and texts.
+        sampling: For each of them.
+    """
+    ahead = 2 * pool().places
+    waiting: set[Future[Completion]] = set()
+    done: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
+    unread = iter(prompts)
+    try:
+        while True:
+            for index, prompt in unread:
+                if problem := wrong(prompt, f"prompts[{index}]"):
+                    yield failed(index, prompt, problem)
+                    continue
+                job = PromptJob(index, prompt, sampling)
+                job.future.add_done_callback(done.put)
+                pool().put(job)
+                waiting.add(job.future)
+                if len(waiting) == ahead:
+                    break
+            if not waiting:
+                return
+            waiting.remove(future := done.get())
+            yield future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def in_order(finished: Iterable[Completion]) -> Generator[Completion, None, None]:
+    """Completions of prompts that are numbered from 0, each when all before it are there."""
+    early: dict[int, Completion] = {}
+    due = 0
+    for completion in finished:
+        early[completion.index] = completion
+        while due in early:
+            yield early.pop(due)
+            due += 1
