@@ -25,6 +25,7 @@ from crumplezone.sandbox.sigframe import SignalFrame, mend_null_call, read_signa
 from crumplezone.sandbox.stacks import take_stacks
 
 _STOP_DEADLINE = 2.0  # seconds
+_HEAD_START = 0.05  # seconds: the job that goes on has the processors first, the unwinder wants one for long
 _AT_REST = {"T", "t", "Z", "X"}  # stopped, stopped by a tracer, ended
 _MAY_LOOK = (
     "reading another process needs its user id and a dumpable target, or CAP_SYS_PTRACE (ptrace(2)); "
@@ -211,6 +212,7 @@ def _look(death: Death, seen: _Seen) -> None:
 
 def _unwind(death: Death, seen: _Seen) -> None:
     pid = death.process.pid
+    time.sleep(_HEAD_START)
     if seen.frame:
         with _step(death, "call to nowhere", _MAY_LOOK) as detail:
             if mend_null_call(pid, seen.maps, seen.frame):

@@ -214,7 +214,11 @@ def import_path() -> str:
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The environment of a cell."""
+    # A thread that waits for another spins so often before it sleeps; libgomp's 300,000 times are 3 ms. Where
+    # something else computes as well, most of a decode's thousand waits last that long (docs/performance.md).
+    spins = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "2000"}
     return {
+        **spins,
         **os.environ,
         "PYTHONPATH": import_path(),
         "GGML_NO_BACKTRACE": "1",  # an abort would fork gdb and flood stderr

@@ -257,3 +257,13 @@ def test_a_decoder_that_nobody_closes_ends_with_its_last_reference(tiny: Path, t
     gc.collect()
     with pytest.raises(UsageError, match="closed"):
         stream.result(60)
+
+
+def test_what_runs_alone_after_a_crash_can_be_cancelled(tiny: Path, make: Open, dose: Dose) -> None:
+    dose(Poison(min_sequences=2))  # they stay alone to their end
+    decoder = make(tiny, 4, n_ctx_seq=20_000)
+    endless = [decoder.submit_prompt("abc", max_tokens=19_000) for _ in range(4)]
+    for stream in endless:
+        next(iter(stream))
+    assert all(stream.cancel() for stream in endless)
+    assert decoder.submit_prompt("xyz", max_tokens=2).result(60).error is None

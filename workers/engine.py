@@ -6,6 +6,7 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
@@ -123,7 +124,8 @@ class Engine:
         tokens, positions, seq_ids, outputs, sent, _ = batch
         sent[:] = 0  # 1 for what is sent: after a crash, this says how much that was
         chunk = len(tokens)
-        ready = [s for s in running if s.placed and s.pending == 1][:chunk]
+        # In order: llama.cpp computes only neighbouring sequences together (llama_batch_allocr::split_equal).
+        ready = sorted((s for s in running if s.placed and s.pending == 1), key=attrgetter("seq_id"))[:chunk]
         used = len(ready)
         tokens[:used] = [s.tokens[s.position] for s in ready]
         positions[:used] = [s.position for s in ready]

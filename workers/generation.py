@@ -88,6 +88,7 @@ class Generation:
         self._leaving: list[int] = []  # the cell has them, and they are in flight no more
         self._known_to: Cell | None = None  # the cell that has been told of all others
         self._asked: Cell | None = None
+        self._stopped = False
 
     @property
     def places(self) -> int:
@@ -140,6 +141,11 @@ class Generation:
         """From any thread: have the native calls that are under way come back early."""
         if (cell := self._asked) is not None:
             cell.arena.nudge()
+
+    def stop(self) -> None:
+        """From any thread: `give_up` comes next; have what is under way come back early."""
+        self._stopped = True
+        self.nudge()
 
     def forget(self) -> None:
         """The cell was used for something else, or will be."""
@@ -259,7 +265,7 @@ class Generation:
             running.done(str(reason), rung)
 
     def _alone(self, running: _Running, chunk: int) -> str:
-        """Why it finished; or an empty string: it is past the crash, the first that it took part in.
+        """Why it finished; or an empty string: it is past the first crash that it took part in, or unwanted.
 
         So a batch-only crash costs the others no more than a few steps. Whoever falls twice, or needs to be
         read token by token, stays alone to its end.
@@ -273,7 +279,8 @@ class Generation:
                 running.take(progress)
                 if progress.finished:
                     return progress.finished
-            if returns and len(running.produced) >= enough:
+            unwanted = self._stopped or running.job.future.cancelled()
+            if unwanted or (returns and len(running.produced) >= enough):
                 return ""
             joins = []
 

@@ -23,6 +23,9 @@ class Queue:
 
     Args:
         lanes: How many there are.
+
+    Attributes:
+        killed: Lanes end as soon as they look.
     """
 
     def __init__(self, lanes: int) -> None:
@@ -30,7 +33,7 @@ class Queue:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._open = True
-        self._killed = False
+        self.killed = False
         self._listeners: list[Callable[[], None]] = []
 
     def put(self, job: Job) -> None:
@@ -64,7 +67,7 @@ class Queue:
             while True:
                 while self._jobs and drop(self._jobs[0]):
                     self._jobs.popleft()
-                if self._killed or (idle and not self._jobs and not self._open):
+                if self.killed or (idle and not self._jobs and not self._open):
                     return None
                 if self._jobs or not idle:
                     return self._next(places, idle=idle)
@@ -80,7 +83,7 @@ class Queue:
         """Fail what waits, and what will; lanes end as soon as they look."""
         self.close()
         with self._changed:
-            self._killed = True
+            self.killed = True
             jobs, self._jobs = self._jobs, deque()
             self._changed.notify_all()
         self._tell()
@@ -133,7 +136,9 @@ class Lane:
             self._thread.join()
 
     def _nudge(self) -> None:
-        if self._generation.places:
+        if self._queue.killed:
+            self._generation.stop()
+        elif self._generation.places:
             self._generation.nudge()
 
     def _run(self) -> None:
