@@ -38,6 +38,7 @@ from crumplezone.sandbox.launch import Process, spawn
 from crumplezone.sandbox.pressure import oom_kills
 
 _CLOSE_GRACE_MS = 500
+_CLOSED = "this cell was closed by another thread in the middle of a call"
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
@@ -218,7 +219,7 @@ class Cell:
         """The death of a cell while nothing was asked of it, or None: it lives, or its death is known."""
         if not self.alive or os.getpid() != self._owner:
             return None
-        if not any(events & select.POLLIN for _, events in self._idle.poll(0)):
+        if not self._idle.poll(0):  # also POLLHUP: a cell without its fault pipe could not be examined
             return None
         self._phase = "idle"
         return self._gone()
@@ -274,6 +275,8 @@ class Cell:
 
     def _gone(self) -> CellDied:
         """End of file: dead, held (its fault is in the pipe), or alive and silent."""
+        if not self.alive:
+            raise UsageError(_CLOSED)
         fault, pidfd = self._process.lines.fault_fd, self._process.pidfd
         poller = select.poll()
         poller.register(fault, select.POLLIN)
@@ -285,7 +288,7 @@ class Cell:
         poller.unregister(fault)
         if pidfd in ready or poller.poll(_CLOSE_GRACE_MS):
             return self._lost()
-        return self._broken("closed its socket but lives")
+        return self._broken("closed its lines but lives")
 
     def _broken(self, what: str) -> CellDied:
         return self.condemn(Exit.PROTOCOL, f"the cell {what}")
@@ -294,7 +297,7 @@ class Cell:
         """Hand the process to the autopsy and return the error to raise."""
         process = self._process
         if self._finalizer.detach() is None:
-            raise UsageError("this cell was closed by another thread in the middle of a call")
+            raise UsageError(_CLOSED)
         now = dt.datetime.now(dt.UTC)
         death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, condemned)
         incident = Incident(self._phase, now, autopsy.begin(death), _caller_stack())

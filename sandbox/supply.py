@@ -91,6 +91,7 @@ class _Keeper:
         self._warm, self._on_death = warm, on_death
         self._start = zygote.fork if zygote else spawn
         self._starter = Starter(self._start)
+        self._owner = os.getpid()
         self._lock = threading.RLock()  # the collector may call `close` in the middle of anything
         self._change = threading.Condition(self._lock)
         self._shelf: list[Cell] = []
@@ -138,6 +139,8 @@ class _Keeper:
             return self._full()
 
     def close(self) -> None:
+        if os.getpid() != self._owner:  # a fork inherited this, and locks that other threads hold
+            return
         with self._lock:
             self._closed = True
             cells = self._shelf + self._stale

@@ -7,6 +7,7 @@ they live on when it dies, only their exit status goes with it.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import logging
 import os
@@ -208,10 +209,10 @@ class _Line:
         """A pidfd of the cell that it says it has forked: it is not believed."""
         try:
             pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            raise self._liar(pid) from None
-        except OSError:  # no descriptor left: that process dies with its lines
-            self._left.append(pid)
+        except OSError as error:
+            if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+                raise self._liar(pid) from None
+            self._left.append(pid)  # that process dies with its lines
             raise
         if pid in self._living or not _is_child(pid, pidfd, self.cell.pid):
             os.close(pidfd)

@@ -19,7 +19,7 @@ from crumplezone.errors import InputError, SequenceError, UsageError
 from crumplezone.reports.schema import Exit
 from crumplezone.reports.store import Store
 from tests.poison import Poison
-from tests.support import PROMPTS, Dose, Open, assert_equal_logits, outcome, reports_of, say, sequences
+from tests.support import PROMPTS, Dose, Open, assert_equal_logits, kill, outcome, reports_of, say, sequences
 
 
 def test_submitted_batches_equal_decoded_ones_and_leave_the_memory_alone(tiny: Path, make: Open) -> None:
@@ -267,3 +267,41 @@ def test_what_runs_alone_after_a_crash_can_be_cancelled(tiny: Path, make: Open, 
         next(iter(stream))
     assert all(stream.cancel() for stream in endless)
     assert decoder.submit_prompt("xyz", max_tokens=2).result(60).error is None
+
+
+def test_a_callback_that_wants_to_end_the_thread_ends_nothing(tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 1)
+
+    def leave(_: object) -> None:
+        raise SystemExit
+
+    decoder.submit_prompt("abc", max_tokens=2).add_done_callback(leave)
+    assert decoder.submit_prompt("abc", max_tokens=2).result(60).error is None
+
+
+def test_an_error_comes_after_the_report_that_it_names(tiny: Path, make: Open, dose: Dose) -> None:
+    decoder = make(tiny, 2)
+    dose(Poison(token=int(decoder.tokenize("!")[1]), position=1))
+    seen: list[bool] = []
+    stream = make(tiny, 2).submit_prompt("!", max_tokens=2)
+    stream.add_done_callback(
+        lambda done: seen.extend((Path(path) / "report.json").exists() for path in done.result().reports)
+    )
+    assert stream.result(60).error
+    assert seen == [True] * 3
+
+
+def test_an_idle_cell_that_dies_costs_the_tokenizer_nothing(tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 1)
+    before = decoder.tokenize("abc").tolist()
+    kill(decoder)
+    assert decoder.tokenize("abc").tolist() == before
+
+
+def test_a_context_of_another_size_holds_for_prompts_and_texts(tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 1)
+    assert "256" in str(next(decoder.generate(["x" * 300])).error)
+    decoder.embed(["x"])
+    decoder.resize(n_ctx=512)
+    assert next(decoder.generate(["x" * 300], max_tokens=2)).error is None
+    assert decoder.embed(["x" * 300]).errors == {}

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from crumplezone.errors import CellDied, InputError, UsageError, check_integer
 from crumplezone.reports.store import default_directory
+from crumplezone.sandbox.zygote import Zygote
 from crumplezone.workers.batch import Batch
 from crumplezone.workers.calls import Adapters, Ask, Limits
 from crumplezone.workers.cells import Cells, Start
@@ -25,12 +26,13 @@ from crumplezone.workers.columns import LLAMA_MAX_SEQ, Columns, Int32
 from crumplezone.workers.embedding import Embedder, Embeddings
 from crumplezone.workers.foreign import read_llama_batch
 from crumplezone.workers.incident import Reporter
-from crumplezone.workers.jobs import BatchJob, PromptJob, Stream
+from crumplezone.workers.jobs import BatchJob, Job, PromptJob, Stream
 from crumplezone.workers.ladder import Ladder
 from crumplezone.workers.memory import Memory
 from crumplezone.workers.pool import Plan, Pool, complete, in_order, wrong
 from crumplezone.workers.protocol import CellInfo
 from crumplezone.workers.results import Completion, Result, Sampling, SamplingOptions
+from crumplezone.workers.runner import Runner
 from crumplezone.workers.safe import Descent
 from crumplezone.workers.session import Session
 from crumplezone.workers.settings import INT32_MAX, N_UBATCH, capacity, configure
@@ -125,7 +127,7 @@ class Decoder:
             config, self._cells, workers, n_seq_max, n_threads, self._descent is not None, preflight
         )
         self._pools: list[Pool] = []  # the last one takes jobs, those before it finish theirs
-        weakref.finalize(self, _abandon, self._pools)
+        weakref.finalize(self, _abandon, self._pools, self._owner)
         self._embedder: Embedder | None = None
         self._native.foresee()
 
@@ -147,16 +149,15 @@ class Decoder:
 
     @property
     def processes(self) -> dict[str, list[int]]:
-        """Process ids: of the "zygote", the cell of the "memory", those of the "lanes", and the "spares"."""
-        zygote, runners = (
-            self._cells.zygote,
-            [self._native, *(r for pool in self._pools for r in pool.runners)],
-        )
+        """Process ids: of the "zygote", the cells of "memory", "lanes" and "embeddings", and "spares"."""
+        lanes = [runner for pool in self._pools for runner in pool.runners]
+        spares = [runner.spare_pids for runner in (self._native, *lanes)]
         return {
-            "zygote": _known(zygote.pid if zygote else None),
-            "memory": _known(self._native.pid),
-            "lanes": _known(*(runner.pid for runner in runners[1:])),
-            "spares": [pid for runner in runners for pid in runner.spare_pids],
+            "zygote": _known(self._cells.zygote),
+            "memory": _known(self._native),
+            "lanes": _known(*lanes),
+            "embeddings": _known(self._embedder),
+            "spares": [pid for pids in spares for pid in pids],
         }
 
     def tokenize(self, text: str) -> npt.NDArray[np.int32]:
@@ -225,7 +226,7 @@ class Decoder:
     def embed(
         self, texts: Iterable[str], *, pooling: str | None = None, normalize: bool = True
     ) -> Embeddings:
-        """A vector for each text, many whole texts per native call, in a cell of its own.
+        """A vector for each text, many whole texts per native call, in a cell of its own without adapters.
 
         Args:
             texts: None of them empty.
@@ -240,7 +241,11 @@ class Decoder:
             if self._embedder is None:
                 cells = self._cells
                 self._embedder = Embedder(
-                    self._native.config, cells.limits, cells.reporter, zygote=cells.zygote
+                    self._native.config,
+                    cells.limits,
+                    cells.reporter,
+                    zygote=cells.zygote,
+                    spares=cells.spares,
                 )
             return self._embedder.embed(texts, pooling=pooling, normalize=normalize)
 
@@ -262,6 +267,9 @@ class Decoder:
             changed = configure(**fields | {name: size for name, size in sizes.items() if size is not None})
             self._session.resize(changed.n_ctx, changed.n_seq_max)
             self._plan = dataclasses.replace(self._plan, config=self._native.config)
+            if self._embedder:
+                self._embedder.close()
+                self._embedder = None
 
     def set_adapters(
         self,
@@ -300,7 +308,7 @@ class Decoder:
         columns = self._copied(batch, nothing.next_positions, "strict")
         validate(columns, capacity(self.info, self._native.config, embeddings=embeddings), nothing)
         job = BatchJob(columns, Ask(embeddings=embeddings))
-        self._pool().put(job)
+        self._put(job)
         return job.future
 
     def submit_prompt(self, prompt: str, **sampling: Unpack[SamplingOptions]) -> Stream:
@@ -319,7 +327,7 @@ class Decoder:
         if problem := wrong(prompt, "prompt"):
             raise problem
         job = PromptJob(0, prompt, Sampling(**sampling))
-        self._pool().put(job)
+        self._put(job)
         return job.future
 
     def generate(
@@ -348,7 +356,7 @@ class Decoder:
     ) -> Generator[Completion, None, None]:
         """`generate` for prompts that have numbers of their own, each another; yields as they finish."""
         self._check_open()
-        return complete(self._pool, prompts, sampling)
+        return complete(lambda: self._pool().places, self._put, prompts, sampling)
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
@@ -400,6 +408,11 @@ class Decoder:
         if self._closed:
             raise UsageError("this decoder is closed: make a new one")
 
+    def _put(self, job: Job) -> None:
+        self._check_open()  # in a fork, nobody may ever release the lock
+        with self._changed:  # or the pool might be retired in between
+            self._pool().put(job)
+
     def _pool(self) -> Pool:
         """The lanes that take jobs."""
         with self._changed:
@@ -423,10 +436,12 @@ class Decoder:
         return read_llama_batch(batch, n_embd=self.info.n_embd_inp, next_positions=follows, level=level)
 
 
-def _abandon(pools: list[Pool]) -> None:
+def _abandon(pools: list[Pool], owner: int) -> None:
+    if os.getpid() != owner:  # a fork inherited them, and locks that other threads hold
+        return
     for pool in pools:
         pool.abandon()
 
 
-def _known(*pids: int | None) -> list[int]:
-    return [pid for pid in pids if pid is not None]
+def _known(*owners: Zygote | Runner | Embedder | None) -> list[int]:
+    return [owner.pid for owner in owners if owner and owner.pid is not None]

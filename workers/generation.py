@@ -156,6 +156,7 @@ class Generation:
         for running in list(self._running.values()):
             self._end(running)
             fail(running.job, error)
+        self._joining, self._leaving, self._known_to = [], [], None
 
     def _tokens(self, job: PromptJob) -> tuple[npt.NDArray[np.int32], int]:
         """The tokens of a prompt, and how many may follow."""
@@ -223,16 +224,19 @@ class Generation:
         case.step(Rung.NATIVE, outcome, indices, str(error), ms)
         self._joining = []
         lost: list[tuple[_Running, Rung, CrumplezoneError]] = []
+        cured = 0
         try:
             for running in fallen:
                 running.falls += 1
                 self._cure(running, case, error, lost)
+                cured += not (lost and lost[-1][0] is running)
         finally:
-            cured = len(fallen) - len(lost)
             case.result = f"{cured} of {len(fallen)} prompts in flight were cured by {Rung.SAFE}"
             self._reporter.file(case, self._runner.config, self._runner.known)
-        for running, rung, problem in lost:  # an error that names a report comes after it
-            running.done("error", rung, problem)
+            if lost:
+                self._reporter.flush()  # an error that names a report comes after it
+            for running, rung, problem in lost:
+                running.done("error", rung, problem)
 
     def _cure(
         self,
@@ -273,16 +277,16 @@ class Generation:
         returns = running.falls == 1 and chunk > 1
         enough = len(running.produced) + STEPS + 1
         joins = [running.join()]
-        while True:
+        while not (self._stopped or running.job.future.cancelled()):
             generated = self._ask(joins, [running.join()], chunk)
             for progress in generated.progress:
                 running.take(progress)
                 if progress.finished:
                     return progress.finished
-            unwanted = self._stopped or running.job.future.cancelled()
-            if unwanted or (returns and len(running.produced) >= enough):
-                return ""
+            if returns and len(running.produced) >= enough:
+                break
             joins = []
+        return ""
 
 
 def _refuse(job: PromptJob, error: CrumplezoneError, *reports: str) -> None:

@@ -231,7 +231,10 @@ class Reporter:
 
         with self._lock:
             self._pending = [future for future in self._pending if not future.done()]
-            self._pending.append(self._pool.submit(run))
+            try:
+                self._pending.append(self._pool.submit(run))
+            except RuntimeError:  # the interpreter ends, and nobody has closed the decoder
+                _log.log(level, "the report of crash %s was not written: the program ends", crash.id)
 
     def _begin(self, crash: _Crash, case: Case) -> None:
         crash.incident.evidence.result()

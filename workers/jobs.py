@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import logging
 import queue
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -14,6 +16,8 @@ from crumplezone.workers.columns import Columns
 from crumplezone.workers.results import Completion, Result, Sampling
 
 _T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
 
 
 class Stream(Future[Completion]):
@@ -85,10 +89,21 @@ def drop(job: Job) -> bool:
 def deliver(future: Future[_T], result: _T) -> None:
     """Give a result to whoever still wants it. Until then the future is pending, and can be cancelled."""
     if future.set_running_or_notify_cancel():
-        future.set_result(result)
+        with _callbacks():
+            future.set_result(result)
 
 
-def fail(job: Job, error: Exception) -> None:
+def fail(job: Job, error: BaseException) -> None:
     """Tell whoever still waits that there will be no result."""
     if job.future.set_running_or_notify_cancel():
-        job.future.set_exception(error)
+        with _callbacks():
+            job.future.set_exception(error)
+
+
+@contextlib.contextmanager
+def _callbacks() -> Iterator[None]:
+    """Run the callbacks of a future. It logs their exceptions; what else they raise must not end a lane."""
+    try:
+        yield
+    except BaseException:  # noqa: BLE001 - SystemExit, for one
+        _log.exception("a callback of a future wanted to end the thread")

@@ -87,6 +87,7 @@ class Queue:
             jobs, self._jobs = self._jobs, deque()
             self._changed.notify_all()
         self._tell()
+        self._listeners.clear()  # they refer to the lanes, which refer to this
         for job in jobs:
             fail(job, error or UsageError(_CLOSED))
 

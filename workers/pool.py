@@ -119,7 +119,10 @@ class Pool:
         Raises:
             UsageError: The pool is closed.
         """
-        self._queue.put(job)
+        try:
+            self._queue.put(job)
+        except UsageError as closed:
+            raise self.failure or closed from None
 
     def retire(self) -> None:
         """Take no more jobs; do those that there are, and end."""
@@ -137,7 +140,8 @@ class Pool:
     def close(self) -> None:
         """Fail what is not done, and wait until every lane has ended."""
         self.abandon()
-        self._opener.join()
+        if self._opener is not threading.current_thread():  # a callback of a future that it has failed
+            self._opener.join()
         for lane in self._lanes:
             lane.join()
 
@@ -160,16 +164,20 @@ def wrong(prompt: object, field: str) -> InputError | None:
 
 
 def complete(
-    pool: Callable[[], Pool], prompts: Iterable[tuple[int, str]], sampling: Sampling
+    places: Callable[[], int],
+    put: Callable[[Job], None],
+    prompts: Iterable[tuple[int, str]],
+    sampling: Sampling,
 ) -> Generator[Completion, None, None]:
     """Complete numbered prompts; twice as many as can be in flight are read ahead.
 
     Args:
-        pool: The lanes that take jobs just now.
+        places: How many prompts can be in flight.
+        put: Gives a job to the lanes.
         prompts: Numbers and texts.
         sampling: For each of them.
     """
-    ahead = 2 * pool().places
+    ahead = 2 * places()
     waiting: set[Future[Completion]] = set()
     done: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
     unread = iter(prompts)
@@ -181,7 +189,7 @@ def complete(
                     continue
                 job = PromptJob(index, prompt, sampling)
                 job.future.add_done_callback(done.put)
-                pool().put(job)
+                put(job)
                 waiting.add(job.future)
                 if len(waiting) == ahead:
                     break

@@ -266,7 +266,7 @@ class Runner:
         Raises:
             CellDied: The cell was lost.
         """
-        cell = self._running()
+        cell = self.start()
         raw = prompt.encode("utf-8", "surrogatepass")
         cell.arena.reserve([("i4", len(raw) + 16)])  # the tokens come back in the text's place
         (room,) = cell.arena.arrays([("u1", len(raw))])

@@ -143,7 +143,7 @@ class Source:
             if error.kind == "LoadError":
                 raise ModelError(path, f"llama.cpp cannot load it: {error}") from error
             raise CrumplezoneError(f"the cell did not start: {error.kind}: {error}") from error
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: threading has no thread left
             remedy = "free memory, processes or file descriptors"
             raise CrumplezoneError(f"no cell could be started ({error}): {remedy}") from error
         except CellDied as died:
