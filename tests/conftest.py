@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from tests import poison
 from tests.poison import Poison
 from tests.support import Dose, Job, Open, Record, read_all
 from tests.tiny_gguf import write_tiny_llama
+
+# A shell that starts the suite beside itself has it ignore SIGINT, and everything it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from logging.handlers import QueueHandler
-from pathlib import Path
 
 import psutil
 import pytest
@@ -22,6 +21,7 @@ from crumplezone.errors import CellDied, CellRefused, UsageError
 from crumplezone.reports.schema import Evidence, Exit
 from crumplezone.sandbox.cell import Cell, CellSpec
 from tests.stunts import Config, Echo, Info, Stunt
+from tests.support import descriptors
 
 TARGET = "tests.stunts:Double"
 
@@ -244,10 +244,10 @@ def test_nothing_is_left_behind() -> None:
 
     one("segv")
     gc.collect()
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(one, ["segv", "echo", "kill", "exit_native", "echo", "segv"]))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors() == before
     assert psutil.Process().children(recursive=True) == []
 
 

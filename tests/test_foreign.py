@@ -7,7 +7,6 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from crumplezone.errors import InputError
 from crumplezone.workers.columns import Columns
 from crumplezone.workers.foreign import MAX_TOKENS, read_llama_batch
 from crumplezone.workers.validate import Level
+from tests.support import descriptors
 
 PAGE = mmap.PAGESIZE
 INT32 = ctypes.POINTER(ctypes.c_int32)
@@ -285,12 +285,12 @@ def test_a_structure_that_was_freed_is_an_error() -> None:
 
 def test_no_descriptor_is_left() -> None:
     owner = Owner([[0]] * 3)
-    before = set(Path("/proc/self/fd").iterdir())
+    before = descriptors()
     read(owner.batch)
     point(owner.batch, "pos", 1)
     with pytest.raises(InputError):
         read(owner.batch)
-    assert set(Path("/proc/self/fd").iterdir()) == before
+    assert descriptors() == before
 
 
 def read_real_ones() -> None:

@@ -19,6 +19,7 @@ from crumplezone.reports.shrink import fit
 from crumplezone.reports.signature import sign
 from crumplezone.reports.store import Store
 from tests.specimens import ID, full, plant
+from tests.support import descriptors
 
 
 def reports_in(directory: Path) -> list[str]:
@@ -253,9 +254,9 @@ def test_what_is_no_regular_file_of_a_sane_size_is_a_problem(tmp_path: Path) -> 
     (tmp_path / "pipe").mkdir()
     os.mkfifo(tmp_path / "pipe" / "report.json")
     (tmp_path / "folder" / "report.json").mkdir(parents=True)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     found = problems(Store(tmp_path))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors() == before
     assert "larger" in found["huge"]
     assert "no report.json" in found["missing"]
     assert "not a regular file" in found["pipe"]

@@ -34,7 +34,7 @@ from crumplezone.workers.source import report_idle
 from tests import poison
 from tests.poison import Poison
 from tests.stunts import Config, Echo, Stunt
-from tests.support import kill, read_all
+from tests.support import descriptors, kill, read_all
 from tests.test_zygote import SPEC, Deaths, echo, evidence_of, parent
 from tests.tiny_gguf import write_block_count_zero
 
@@ -182,12 +182,10 @@ def test_closing_ends_a_spare_that_starts(zygote: Zygote, deaths: Deaths) -> Non
 
 
 def test_many_deaths_leave_nothing_behind(stock: Stock, zygote: Zygote, warmed: Pids, deaths: Deaths) -> None:
-    def used() -> list[int]:
-        gc.collect()
+    def used() -> tuple[int, list[str], list[str]]:
         # A thread that has told its evidence may not have ended yet.
         threads = [each for each in threading.enumerate() if not each.name.startswith("autopsy")]
-        files = [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (os.getpid(), zygote.pid)]
-        return [len(threads), *files]
+        return len(threads), descriptors(), descriptors(zygote.pid)
 
     def rounds(number: int) -> None:
         supply = stock()

@@ -21,7 +21,7 @@ from crumplezone.sandbox.cell import Cell, CellSpec, Incident
 from crumplezone.sandbox.zygote import Zygote
 from tests import faults, liars
 from tests.stunts import Config, Echo, Info, Stunt
-from tests.support import kill, wait_for_end
+from tests.support import descriptors, kill, wait_for_end
 from tests.test_autopsy import STRANGER
 from tests.test_faults import EXPECTED, check_stacks, has_address
 from tests.tricks import failed, perform
@@ -322,13 +322,11 @@ def test_nothing_is_left_behind(grow: Grow) -> None:
         perform(code, start=seed.fork)
 
     one("os._exit(1)")
-    gc.collect()
-    before = len(list(Path("/proc/self/fd").iterdir())), len(open_files(seed.pid))
+    before = descriptors(), descriptors(seed.pid)
     for _ in range(5):
         for code in ("os._exit(1)", "lib.raise_(9)", "os.kill(os.getpid(), 9)"):
             one(code.replace("raise_", "__getattr__('raise')"))
-    gc.collect()
-    assert (len(list(Path("/proc/self/fd").iterdir())), len(open_files(seed.pid))) == before
+    assert (descriptors(), descriptors(seed.pid)) == before
     assert psutil.Process(seed.pid).children() == []
 
 
