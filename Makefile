@@ -15,7 +15,7 @@ lint: .venv/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About 25 minutes on an idle machine; BENCH=--quick takes three. Results: benchmarks/results.
+# About an hour on an idle machine; BENCH=--quick takes three minutes. Results: benchmarks/results.
 bench: .venv/.benched
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 

@@ -111,7 +111,7 @@ def _bars(cases: dict[str, dict[str, float]], names: dict[str, str], unit: str) 
         places = [place + (number - len(names) / 2 + 0.5) * width for place in range(len(cases))]
         heights = [case.get(name, 0.0) for case in cases.values()]
         axes.bar(places, heights, width, label=label, color=colors[number])
-    labels = [name.replace(", ", "\n") for name in cases]
+    labels = [name.replace(", ", "\n").replace(" prefix", "\nprefix") for name in cases]
     axes.set_xticks(range(len(cases)), labels, fontsize=8)
     axes.set_ylabel(unit)
     axes.grid(axis="y", alpha=0.3)

@@ -27,7 +27,7 @@ class Candidate:
         return hashlib.sha256(msgspec.msgpack.encode((self.config, self.batch))).digest()
 
     @property
-    def context(self) -> dict[str, int]:
+    def context(self) -> dict[str, Any]:
         """The parameters, as a report has them."""
         return {name: getattr(self.config, name) for name in CellConfig.__struct_fields__[1:]}
 

@@ -14,7 +14,8 @@ from lithium.strategies import Minimize, ReductionIterator
 from lithium.testcases import TestcaseLine
 
 from crumplezone.diagnostics.candidate import Candidate
-from crumplezone.diagnostics.replay import Run, find_model, new_runner, read_recipe, run
+from crumplezone.diagnostics.recipe import read_recipe
+from crumplezone.diagnostics.replay import Run, find_model, new_runner, run
 from crumplezone.errors import CrumplezoneError, NotShownError, UsageError, check_integer
 from crumplezone.reports.schema import Evidence, Outcome, Report
 from crumplezone.workers.embed_runner import EmbedRunner
@@ -26,6 +27,7 @@ _MEASURE = 10  # runs to measure a flaky one
 _TRIES_MAX = 30  # per candidate; enough for one that crashes in 1 of 10 runs
 _MISSED = 0.05  # how often a candidate that would crash may be taken for one that does not
 _CTX_PAD = 256  # llama.cpp rounds the context of a sequence up to this (llama_context, GGML_PAD)
+_CHOICES: dict[str, str | int] = {"kv_unified": False, "type_k": "f16", "type_v": "f16", "flash_attn": "auto"}
 
 _replace = msgspec.structs.replace
 
@@ -276,7 +278,7 @@ def _outputs(search: _Search) -> None:
 
 
 def _context(search: _Search) -> None:
-    """Bring each parameter down: the least that the batch fills first, then twice that, and so on."""
+    """Bring each number down, to the least that the batch fills or twice that, and choose what is usual."""
     best = search.best
     n_seq = min(max(0, *best.all_ids) + 1, best.config.n_seq_max)
     n_call = min(best.n_tokens, best.batch.chunk or best.n_tokens)
@@ -292,6 +294,9 @@ def _context(search: _Search) -> None:
         for size in _doubling(value, getattr(search.best.config, name)):
             if search.better(_with(search.best, name, size)):
                 break
+    for name, default in _CHOICES.items():
+        if getattr(search.best.config, name) != default:
+            search.better(_with(search.best, name, default))
 
 
 def _doubling(least: int, now: int) -> Iterator[int]:
@@ -302,9 +307,9 @@ def _doubling(least: int, now: int) -> Iterator[int]:
         least = 2 * least or now
 
 
-def _with(candidate: Candidate, name: str, value: int) -> Candidate:
+def _with(candidate: Candidate, name: str, value: int | str) -> Candidate:
     config, batch = _replace(candidate.config, **{name: value}), candidate.batch
-    if name == "n_batch":
+    if name == "n_batch" and isinstance(value, int):
         config = _replace(config, n_ubatch=min(config.n_ubatch, value))
         if batch.generating:
             batch = _replace(batch, chunk=min(batch.chunk, value))

@@ -71,7 +71,7 @@ def _ticks(text: str, least: int) -> str:
     return "`" * max(least, longest + 1)
 
 
-def _span(text: str, limit: int = _MAX_LINE) -> str:
+def span(text: str, limit: int = _MAX_LINE) -> str:
     """One line as a code span."""
     shown = _cut(text, limit)
     if not shown.strip():
@@ -106,10 +106,10 @@ def _more(shown: int, total: int) -> list[str]:
 
 def _title(report: Report) -> str:
     if report.signature and report.signature.title:
-        return _span(report.signature.title, _MAX_TITLE)
+        return span(report.signature.title, _MAX_TITLE)
     frame = top_frame(report)
     what = signal_name(report) or report.evidence.exit.value
-    return _span(f"{what} in {frame_name(frame)}" if frame else what, _MAX_TITLE)
+    return span(f"{what} in {frame_name(frame)}" if frame else what, _MAX_TITLE)
 
 
 def _what_happened(report: Report) -> Iterator[str]:
@@ -125,7 +125,7 @@ def _what_happened(report: Report) -> Iterator[str]:
     facts += [("exit", evidence.exit.value), ("return code", evidence.returncode)]
     facts += [("operation", report.batch.operation if report.batch else "")]
     known = [(name, value) for name, value in facts if value not in (None, "")]
-    yield from ["", *(f"- {name}: {_span(str(value))}" for name, value in known)]
+    yield from ["", *(f"- {name}: {span(str(value))}" for name, value in known)]
     if report.redacted:
         yield "- redacted: token ids and text are keyed hashes, paths are shortened"
 

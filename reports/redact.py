@@ -265,6 +265,7 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
         structs="evidence batch model environment ladder caller signature verdict replays minimal",
         table="context",
         told="result",
+        entries="command",
     ),
 }
 """The rule of each field of the schema: a method of `_Redactor`, or "drop"."""

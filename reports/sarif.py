@@ -7,10 +7,11 @@ A rule is a signature, and a result is all that was seen of it: SARIF counts wha
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from crumplezone.reports.runs import CaseRecord, Ending, Fixed, News, RunRecord, grouped
 from crumplezone.reports.schema import Frame, Report, Signature
 from crumplezone.reports.text import crashed_thread, frame_name, printable, summary, top_frame
 
@@ -20,6 +21,14 @@ _MAX_TEXT = 2048
 _MAX_FRAMES = 128
 _MAX_IDS = 256
 _MAX_VERSIONS = 64
+
+_UNSIGNED = {
+    Ending.MISMATCH: "the native text is not that of the safe path",
+    Ending.CRASH: "a crash without a signature",
+    Ending.HANG: "no reply within the deadline",
+    Ending.OOM: "killed for memory",
+    Ending.REFUSED: "refused by validation or by llama.cpp's return code",
+}
 
 
 def render(reports: Sequence[Report]) -> dict[str, Any]:
@@ -37,15 +46,109 @@ def render(reports: Sequence[Report]) -> dict[str, Any]:
         groups.setdefault(report.signature.id if report.signature else f"unsigned {report.id}", []).append(
             report
         )
-    rules = {_rule_id(first): _rule(first) for first, *_ in groups.values()}
+    rules = [_rule(_rule_id(first), _signature(first)) for first, *_ in groups.values()]
+    return _log(rules, [_result(same) for same in groups.values()])
+
+
+def render_run(run: RunRecord, reports: Mapping[str, Report]) -> dict[str, Any]:
+    """Make the log of a diagnostic run.
+
+    The cases of one signature are one result; one that failed without a signature is a result of its own, and
+    one that could not be run is a notification. Against a baseline, results are new or unchanged, and what is
+    fixed is absent.
+
+    Args:
+        run: The run.
+        reports: Its crash reports by id; those that are missing leave their results without stacks.
+
+    Returns:
+        What `json.dumps` takes; valid against the published schema.
+    """
+    failed = [case for case in run.cases if case.ending not in {Ending.PASS, Ending.ERROR}]
+    rules, results = [], []
+    for same in grouped(failed):
+        rule, result = _case_rule(same[0]), _case_result(same, reports)
+        if run.baseline:
+            is_new = any(case.news is News.NEW for case in same)
+            result["baselineState"] = "new" if is_new else "unchanged"
+        rules.append(rule)
+        results.append({**result, "ruleId": rule["id"], "level": rule["defaultConfiguration"]["level"]})
+    for fixed in run.fixed:
+        title = fixed.title if fixed.signature else ""
+        rule = _rule(_text(fixed.signature) or "unsigned", Signature("", "fixed", title=title))
+        rules.append(rule)
+        results.append(_absent(fixed, rule["id"]))
+    log = _log(rules, results)
+    log["runs"][0]["invocations"] = [_invocation(run)]
+    return log
+
+
+def _log(rules: Iterable[dict[str, Any]], results: list[dict[str, Any]]) -> dict[str, Any]:
     driver = {
         "name": "crumplezone",
         "version": importlib.metadata.version("crumplezone"),
-        "rules": list(rules.values()),
+        "rules": list({rule["id"]: rule for rule in rules}.values()),
     }
-    results = [_result(same) for same in groups.values()]
     run = {"tool": {"driver": driver}, "columnKind": "unicodeCodePoints", "results": results}
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def _case_rule(case: CaseRecord) -> dict[str, Any]:
+    if case.signature:
+        return _rule(_text(case.signature.id), case.signature)
+    ending = case.ending.value
+    signature = Signature("", ending, title=_UNSIGNED[case.ending])
+    return _rule(ending, signature, "warning" if case.ending is Ending.REFUSED else "error")
+
+
+def _case_result(same: list[CaseRecord], reports: Mapping[str, Report]) -> dict[str, Any]:
+    """All but its rule, its level and its state."""
+    first = same[0]
+    shown = [reports[case.report] for case in same if case.report in reports]
+    result: dict[str, Any] = _result(shown) if shown else {"message": {"text": _text(_message(first))}}
+    if not result.get("locations"):
+        result["locations"] = [{"logicalLocations": [{"fullyQualifiedName": _text(first.id)}]}]
+    own = {"crumplezoneCase/v1": _text(f"{first.ending.value} {first.id}")}
+    texts = {"native": first.text, "safe": first.safe_text} if first.ending is Ending.MISMATCH else {}
+    return {
+        **result,
+        "occurrenceCount": len(same),
+        "partialFingerprints": _fingerprint(first.signature) if first.signature else own,
+        "properties": {
+            **result.get("properties", {}),
+            "ending": first.ending.value,
+            "cases": [_text(case.id) for case in same[:_MAX_IDS]],
+            **_texts(texts.items()),
+        },
+    }
+
+
+def _message(case: CaseRecord) -> str:
+    return f"{case.id}: {case.detail or _UNSIGNED[case.ending]}"
+
+
+def _absent(fixed: Fixed, rule_id: str) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "ruleId": rule_id,
+        "level": "none",
+        "kind": "pass",
+        "baselineState": "absent",
+        "message": {"text": _text(f"fixed: {fixed.title}")},
+        "properties": {"cases": [_text(case) for case in fixed.cases[:_MAX_IDS]]},
+    }
+    if fixed.signature:
+        result["partialFingerprints"] = _fingerprint(Signature(fixed.signature, ""))
+    return result
+
+
+def _invocation(run: RunRecord) -> dict[str, Any]:
+    """What could not be run; the counterpart of exit code 3."""
+    errors = [case for case in run.cases if case.ending is Ending.ERROR]
+    texts = [f"{case.id}: {case.detail}" for case in errors[:_MAX_IDS]]
+    if not run.complete:
+        texts.append(f"interrupted after {len(run.cases)} of {run.planned} cases")
+    notifications = [{"level": "error", "message": {"text": _text(text)}} for text in texts]
+    return {"executionSuccessful": not texts, "toolExecutionNotifications": notifications}
 
 
 def _text(text: str) -> str:
@@ -56,16 +159,17 @@ def _rule_id(report: Report) -> str:
     return _text(report.signature.id) if report.signature else f"unsigned-{report.evidence.exit.value}"
 
 
-def _rule(report: Report) -> dict[str, Any]:
-    signature = report.signature
-    if signature is None:
-        signature = Signature("", report.evidence.exit.value, confidence="low")
+def _signature(report: Report) -> Signature:
+    return report.signature or Signature("", report.evidence.exit.value, confidence="low")
+
+
+def _rule(rule_id: str, signature: Signature, level: str = "error") -> dict[str, Any]:
     title = _text(signature.title or signature.fault_class)
     return {
-        "id": _rule_id(report),
+        "id": rule_id,
         "name": title,
         "shortDescription": {"text": title},
-        "defaultConfiguration": {"level": "error"},
+        "defaultConfiguration": {"level": level},
         "properties": {
             "faultClass": _text(signature.fault_class),
             "key": [_text(part) for part in signature.key[:_MAX_IDS]],
@@ -94,9 +198,13 @@ def _result(same: list[Report]) -> dict[str, Any]:
         "properties": _properties(same),
     }
     if signature:
-        # Results of two tool versions are the same if their fingerprints of one name and version are equal.
-        result["partialFingerprints"] = {f"crumplezoneSignature/v{signature.version}": _text(signature.id)}
+        result["partialFingerprints"] = _fingerprint(signature)
     return result
+
+
+def _fingerprint(signature: Signature) -> dict[str, str]:
+    # Results of two tool versions are the same if their fingerprints of one name and version are equal.
+    return {f"crumplezoneSignature/v{signature.version}": _text(signature.id)}
 
 
 def _properties(same: list[Report]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
 
     exit: Exit
     pid: int
-    phase: str = "call"  # "start", "call" or "idle"
+    phase: str = "call"  # "start", "call" or "idle"; "run" of a program under `exec` or pytest
     returncode: int | None = None  # as in subprocess: -n for signal n
     fault: Fault | None = None
     assertion: Assertion | None = None
@@ -189,7 +189,7 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     positions: list[int]
     seq_ids: list[int]
     outputs: list[bool]
-    operation: str = "decode"  # decode, encode, embed or generate
+    operation: str = "decode"  # decode, process, encode, embed or generate
     chunk: int = 0  # most tokens per native call; 0: all in one
     embeddings: bool = False  # whether hidden states were asked for
     generating: list[Generating] = []  # for generate, which starts from more than this batch
@@ -286,6 +286,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     result: str = ""  # how the job ended: "cured by safe", "sequence 3 quarantined", ...
     blamed: list[int] = []  # sequences shown to crash alone
     caller: list[Frame] = []  # the supervisor's Python stack at the call
+    command: list[str] = []  # of a program: its arguments, the first is its name
     signature: Signature | None = None
     verdict: Verdict | None = None  # None: nothing has shown it
     replays: list[Replay] = []

@@ -5,7 +5,8 @@ Most strings of a report come from the crashed child. `printable` keeps them fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import PurePosixPath
 
@@ -34,6 +35,12 @@ _ENDINGS = {
     Exit.FAILED_START: "The cell never became ready",
     Exit.NON_FINITE: "The cell answered with NaN or infinity and was killed",
     Exit.PROTOCOL: "The cell closed its socket or sent what cannot be decoded, and was killed",
+}
+_OF_PROGRAMS = {
+    Exit.HANG: "The program did not end in time and was killed",
+    Exit.OOM: "The program was killed for memory",
+    Exit.KILLED: "The program was killed from outside",
+    Exit.NATIVE_EXIT: "Native code called exit()",
 }
 
 
@@ -79,29 +86,38 @@ def signal_name(report: Report) -> str:
 
 
 _PHASES = {"start": "starting", "idle": "waiting for work"}
+_COMMAND_MAX = 200  # characters of a command line in a summary
 
 
 def summary(report: Report) -> str:
     """One paragraph: what happened, where, on which rung, and how it ended."""
     frame = top_frame(report)
     where = f" in {frame_name(frame)}" if frame else ""
-    phase = _PHASES.get(report.evidence.phase, "serving a request")
-    parts = [
-        f"{_ending(report.evidence, signal_name(report))}{where}.",
-        f"It was {phase} on the {report.rung} rung.",
-    ]
+    parts = [f"{_ending(report.evidence, signal_name(report))}{where}.", f"It was {_doing(report)}."]
     if report.result:
         parts.append(f"Result: {report.result}.")
     return printable(" ".join(parts))
 
 
+def _doing(report: Report) -> str:
+    if report.evidence.phase == "run":
+        command = shlex.join(report.command) or "a program"
+        return f"running {command if len(command) <= _COMMAND_MAX else command[:_COMMAND_MAX] + '...'}"
+    return f"{_PHASES.get(report.evidence.phase, 'serving a request')} on the {report.rung} rung"
+
+
 def render(report: Report) -> str:
     """The whole of report.txt."""
     lines = [f"Crash report {printable(report.id)}", f"Crashed at {printable(report.crashed_at)}"]
-    for title, section in _SECTIONS:
-        body = list(section(report)) or ["(not recorded)"]
-        lines += ["", title, "-" * len(title), *body]
+    for title, body in sections(report):
+        lines += ["", title, "-" * len(title), *(body or ["(not recorded)"])]
     return "\n".join(lines) + "\n"
+
+
+def sections(report: Report) -> Iterator[tuple[str, list[str]]]:
+    """The parts of report.txt: title and printable lines, none for what is not recorded."""
+    for title, section in _SECTIONS:
+        yield title, list(section(report))
 
 
 def _ending(evidence: Evidence, signal: str) -> str:
@@ -116,7 +132,8 @@ def _ending(evidence: Evidence, signal: str) -> str:
     cause = f" by {signal}" if evidence.exit is Exit.KILLED and signal else ""
     if evidence.exit is Exit.NATIVE_EXIT and evidence.returncode is not None:
         cause = f" with code {evidence.returncode}"
-    return f"{_ENDINGS[evidence.exit]}{cause}{detail}"
+    of_programs = _OF_PROGRAMS if evidence.phase == "run" else {}
+    return f"{of_programs.get(evidence.exit, _ENDINGS[evidence.exit])}{cause}{detail}"
 
 
 def _fault_details(evidence: Evidence) -> str:
@@ -161,6 +178,7 @@ def _fault(report: Report) -> list[str]:
         place = f"{assertion.file}:{assertion.line}" if assertion.file else ""
         pairs += [("assertion", assertion.text), ("from", assertion.source), ("at", place)]
     pairs += [("code bytes", evidence.code_bytes), ("detail", evidence.detail)]
+    pairs += [("program", shlex.join(report.command))]
     pairs += [("process", evidence.pid), ("phase", evidence.phase), ("peak memory, bytes", evidence.peak_rss)]
     return _pairs(pairs)
 

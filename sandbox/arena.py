@@ -1,7 +1,7 @@
 """The arena: one memfd shared by a supervisor and one cell. Only numbers are ever read from it.
 
-Layout: a page for the nudge and the abort message, a page for the flight recorder, then a data zone that both
-sides cut into arrays by the same rule: in order, each aligned to 64 bytes.
+Layout: a page for the nudge, the abort message and the marks of exits, a page for the flight recorder, then a
+data zone that both sides cut into arrays by the same rule: in order, each aligned to 64 bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from crumplezone.reports.schema import Phase
 from crumplezone.sandbox import recorder
+from crumplezone.sandbox.arm import EXITED_AT, FINISHED_AT
 
 _RECORDER_AT = mmap.PAGESIZE
 HEADER = _RECORDER_AT + recorder.SIZE
@@ -108,6 +109,10 @@ class Arena:
         length = min(int.from_bytes(self._map[_MESSAGE_AT : _MESSAGE_AT + 4], "little"), _MESSAGE_MAX)
         note = self._map[_MESSAGE_AT + 4 : _MESSAGE_AT + 4 + length]
         return note.partition(b"\0")[0].decode("utf-8", "replace")
+
+    def native_exit(self) -> bool:
+        """Supervisor: whether native code called exit(), as `crumplezone.sandbox.arm.ExitMarks` has it."""
+        return self._map[EXITED_AT] != 0 and self._map[FINISHED_AT] == 0
 
     def recorder(self) -> recorder.Recorder:
         """Child: the flight recorder."""

@@ -20,6 +20,13 @@ _SA_SIGINFO, _SA_ONSTACK = 4, 0x08000000
 _ALTSTACK_SIZE = 128 * 1024  # a frame with AVX-512 and AMX state takes 11 KiB, faulthandler little more
 _F_SETSIG = 10
 _PR_SET_DUMPABLE, _PR_SET_PTRACER = 4, 0x59616D61
+_PROT_READ_WRITE, _MAP_SHARED, _MAP_FIXED = 3, 1, 16
+# `crumplezone exec` puts others in the place of these, see program.py.
+_enable = getattr(faulthandler.enable, "__wrapped__", faulthandler.enable)
+_disable = getattr(faulthandler.disable, "__wrapped__", faulthandler.disable)
+
+# In the first page of the arena: a sem_t, and a byte.
+EXITED_AT, FINISHED_AT = 4032, 4088
 
 
 class _SigAction(ctypes.Structure):  # glibc's struct sigaction on x86-64 and aarch64
@@ -52,20 +59,21 @@ def _give_altstack(_frame: FrameType, _event: str, _argument: Any) -> None:
     ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None)
 
 
-def _park_on_fault(libc: ctypes.CDLL) -> None:
-    """Let pause() handle fatal signals where faulthandler does not.
+def _stand_behind(libc: ctypes.CDLL, *, park: bool) -> None:
+    """Let pause() handle fatal signals where faulthandler does not, or the kernel as if nothing were here.
 
     Before it writes anything, faulthandler's handler restores what there was before it: with SIG_DFL, a
     second thread that faults would end the process before the supervisor can stop it. Afterwards it raises
     the signal again. Every signal is blocked in there, so nothing makes pause() return.
     """
-    action = _SigAction(handler=ctypes.cast(libc.pause, ctypes.c_void_p).value, flags=_SA_ONSTACK)
+    handler = ctypes.cast(libc.pause, ctypes.c_void_p).value if park else None
+    action = _SigAction(handler=handler, flags=_SA_ONSTACK)
     ctypes.memset(ctypes.byref(action, _SigAction.mask.offset), 0xFF, _SigAction.mask.size)
     for signum in _FATAL:
         libc.sigaction(int(signum), ctypes.byref(action), None)
 
 
-def hold_on_fault(fault_fd: int, tracer: int) -> None:
+def hold_on_fault(fault_fd: int, tracer: int, *, park: bool = True) -> None:
     """Route faulthandler into a one-slot packet pipe.
 
     Its first write wakes the supervisor, its second blocks until the supervisor reads: the crashed thread
@@ -75,14 +83,16 @@ def hold_on_fault(fault_fd: int, tracer: int) -> None:
     Args:
         fault_fd: Write end of the pipe.
         tracer: Process id of the supervisor, which may look into this process.
+        park: False: it dies of its signal instead, which its parent sees then. A second thread that faults
+            ends the process too.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     known_machine = platform.machine() in {"x86_64", "aarch64"}
     # PYTHONFAULTHANDLER enables it too; enabled a second time it would not install its handlers again.
-    faulthandler.disable()
+    _disable()
     if known_machine:
-        _park_on_fault(libc)
-    faulthandler.enable(file=fault_fd, all_threads=True)
+        _stand_behind(libc, park=park)
+    _enable(file=fault_fd, all_threads=True)
     if known_machine:
         # Kernels copy siginfo into the signal frame only with SA_SIGINFO, which CPython does not set.
         for signum in _FATAL:
@@ -91,10 +101,49 @@ def hold_on_fault(fault_fd: int, tracer: int) -> None:
                 action.flags |= _SA_SIGINFO | _SA_ONSTACK
                 libc.sigaction(int(signum), ctypes.byref(action), None)
     # faulthandler gives an alternate stack to this thread only; without one a stack overflow cannot be held.
-    threading.setprofile(_give_altstack)
+    if threading.getprofile() is None:
+        threading.setprofile(_give_altstack)
     # Under Yama's ptrace_scope=1 only a named tracer and its children may look; EINVAL without Yama.
     libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(tracer), 0, 0, 0)
     libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(1), 0, 0, 0)
+
+
+def stand_down() -> None:
+    """Die of a fatal signal as if nothing had been armed."""
+    _disable()
+    _stand_behind(ctypes.CDLL(None), park=False)
+
+
+class ExitMarks:
+    """Leaves in the arena who called exit(3): Python, or native code behind its back.
+
+    libc's exit() posts a semaphore there. Python's end, which comes before that, is noted by `finished`.
+    _exit(2) leaves neither. The page stays mapped to the very end: a handler of exit() cannot be taken back.
+    """
+
+    def __init__(self, arena_fd: int) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.mmap.restype = ctypes.c_void_p
+        self._page = self._map(None, _MAP_SHARED, arena_fd)
+        post = ctypes.cast(self._libc.sem_post, ctypes.c_void_p)
+        self._libc["__cxa_atexit"](post, ctypes.c_void_p(self._page + EXITED_AT), None)
+
+    def move(self, arena_fd: int) -> None:
+        """In a fork, which has inherited the handler: leave them in its own arena."""
+        self._map(self._page, _MAP_SHARED | _MAP_FIXED, arena_fd)
+
+    def finished(self) -> None:
+        """Note that Python comes to its end."""
+        ctypes.c_ubyte.from_address(self._page + FINISHED_AT).value = 1
+
+    def _map(self, address: int | None, flags: int, fd: int) -> int:
+        size = ctypes.c_size_t(mmap.PAGESIZE)
+        page: int = self._libc.mmap(
+            ctypes.c_void_p(address), size, _PROT_READ_WRITE, flags, fd, ctypes.c_long(0)
+        )
+        if page == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "the arena cannot be mapped")
+        return page
 
 
 def die_with(parent_fd: int) -> None:

@@ -45,7 +45,7 @@ class Death:
     Attributes:
         process: The cell's process.
         drain: Its log, stderr and samples.
-        phase: "start", "call" or "idle".
+        phase: "start", "call" or "idle" of a cell, "run" of a guest.
         kills: The kernel's counters of OOM kills when it was started.
         held: It wrote to its fault pipe: it is inside its signal handler, or was a moment ago.
         condemned: It lives, and this is why it must not go on.

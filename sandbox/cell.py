@@ -33,7 +33,7 @@ from crumplezone.sandbox.channel import (
     Reply,
     Start,
 )
-from crumplezone.sandbox.drain import Drain
+from crumplezone.sandbox.drain import abandon, drained
 from crumplezone.sandbox.launch import Process, spawn
 from crumplezone.sandbox.pressure import oom_kills
 
@@ -72,14 +72,6 @@ class Incident:
     caller: list[Frame]
 
 
-def _abandon(process: Process, drain: Drain, owner: int) -> None:
-    if os.getpid() != owner:  # a fork inherited this object, but not the cell
-        return
-    process.kill()
-    drain.stop()
-    process.close()
-
-
 def _caller_stack() -> list[Frame]:
     here = [f for f in traceback.extract_stack(limit=48) if f.filename != __file__]
     return [Frame(symbol=f.name, file=f.filename, line=f.lineno or 0) for f in reversed(here)]
@@ -104,13 +96,8 @@ class Cell:
         self._oom_kills = oom_kills()
         self._phase = "start"
         self._process = process = start(spec.env)
-        try:
-            self._drain = Drain(process, spec.memory_limit)
-        except BaseException:  # no thread or descriptor could be had for it
-            process.kill()
-            process.close()
-            raise
-        self._finalizer = weakref.finalize(self, _abandon, process, self._drain, self._owner)
+        self._drain = drained(process, spec.memory_limit)
+        self._finalizer = weakref.finalize(self, abandon, process, self._drain, self._owner)
         self._channel = Channel(process.lines.sock, FromChild)
         self._poller, self._idle = select.poll(), select.poll()
         for fd in (process.lines.fault_fd, process.pidfd):
@@ -245,7 +232,7 @@ class Cell:
         poller = select.poll()
         poller.register(self._process.pidfd, select.POLLIN)
         poller.poll(_CLOSE_GRACE_MS)
-        _abandon(self._process, self._drain, self._owner)
+        abandon(self._process, self._drain, self._owner)
 
     def _exchange(self, frame: msgspec.Struct, deadline: float | None, fds: Sequence[int] = ()) -> object:
         with contextlib.suppress(ChannelClosed):  # it died between two calls: the wait below finds out how

@@ -13,6 +13,7 @@ TAKEN = (
     "ignored here, or any child waited for)"
 )
 _BY_NATIVE_CODE = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
+_WHEN = {"idle": "while it waited", "run": "called by native code"}
 
 _GGML = re.compile(r"^(?P<file>[^\n]*?):(?P<line>\d+): (?P<text>.*)$", re.DOTALL)
 _LAST_LINES = 20  # of stderr: before them, what looks like a reason was none
@@ -55,14 +56,14 @@ def classify(
     Args:
         returncode: As in subprocess; None if nobody can tell it any more.
         fault: The fatal signal, if there was one.
-        phase: "start", "call" or "idle".
+        phase: "start", "call", "idle" or "run".
         kills: The kernel's counters of OOM kills, at the cell's start and at its end.
         pid: The cell's process id.
     """
     if fault is None and returncode is not None:
         if phase == "start":
             return Exit.FAILED_START, f"exited with status {returncode} before it was ready"
-        when = "while it waited" if phase == "idle" else "in the middle of a request"
+        when = _WHEN.get(phase, "in the middle of a request")
         return Exit.NATIVE_EXIT, f"exit({returncode}) {when}"
     by_kill = fault is None or fault.signal == signal.SIGKILL
     if by_kill and (counter := killed_for_memory(*kills)):

@@ -49,19 +49,38 @@ def _bounded(line: LogLine) -> LogLine:
     )
 
 
+class Tail:
+    """The last 64 KiB of what a process says."""
+
+    def __init__(self) -> None:
+        self._parts: deque[bytes] = deque()
+        self._size = 0
+
+    def add(self, data: bytes) -> None:
+        """Append what was read."""
+        self._parts.append(data)
+        self._size += len(data)
+        while self._size - len(self._parts[0]) >= _STDERR_TAIL:
+            self._size -= len(self._parts.popleft())
+
+    def text(self) -> str:
+        """What is left of it. Another thread may be adding to it."""
+        return b"".join(list(self._parts))[-_STDERR_TAIL:].decode("utf-8", "replace")
+
+
 class Drain:
     """Bounded tails of what a cell says, and its log records handed to the caller's logging.
 
     Args:
         process: The cell's process.
         memory_limit: Bytes of resident memory above which the cell is killed, or None.
+        stderr: What it says, if somebody else reads that; what comes down its own line is added.
     """
 
-    def __init__(self, process: Process, memory_limit: int | None) -> None:
+    def __init__(self, process: Process, memory_limit: int | None, stderr: Tail | None = None) -> None:
         self.over_memory = False
         self.peak_rss: int | None = None
-        self._stderr: deque[bytes] = deque()
-        self._stderr_size = 0
+        self._stderr = stderr or Tail()
         self._logs: deque[str] = deque(maxlen=_LOG_TAIL)
         self._undelivered: queue.SimpleQueue[LogLine | None] = queue.SimpleQueue()
         self._dropped = 0
@@ -100,7 +119,7 @@ class Drain:
 
     def stderr_tail(self) -> str:
         """The last 64 KiB of the cell's stdout and stderr."""
-        return b"".join(self._stderr)[-_STDERR_TAIL:].decode("utf-8", "replace")
+        return self._stderr.text()
 
     def log_tail(self) -> list[str]:
         """The last log records, one line each, and how many never reached the caller's logging."""
@@ -145,10 +164,7 @@ class Drain:
                 return True
             if not data:
                 return False
-            self._stderr.append(data)
-            self._stderr_size += len(data)
-            while self._stderr_size - len(self._stderr[0]) >= _STDERR_TAIL:
-                self._stderr_size -= len(self._stderr.popleft())
+            self._stderr.add(data)
         return True
 
     def _read_log(self, log: socket.socket) -> bool:
@@ -211,3 +227,32 @@ class Drain:
         if self._limit and rss > self._limit and not self.over_memory:
             self.over_memory = True
             self._process.signal(signal.SIGKILL)
+
+
+def drained(process: Process, memory_limit: int | None, stderr: Tail | None = None) -> Drain:
+    """Drain a process that was just started; what raises has ended it.
+
+    Raises:
+        OSError, RuntimeError, MemoryError: No thread or descriptor could be had.
+    """
+    try:
+        return Drain(process, memory_limit, stderr)
+    except BaseException:
+        process.kill()
+        process.close()
+        raise
+
+
+def abandon(process: Process, drain: Drain, owner: int) -> None:
+    """End a process that nobody needs any more, and release all that there is of it.
+
+    Args:
+        process: The process.
+        drain: What drains it.
+        owner: Process id of its supervisor; a fork of that has inherited the objects, but not the process.
+    """
+    if os.getpid() != owner:
+        return
+    process.kill()
+    drain.stop()
+    process.close()

@@ -74,11 +74,13 @@ class Child(NamedTuple):
 
     Attributes:
         reap: Called once, when it has ended: its return code as in subprocess, or None if it cannot be had.
+        leads: Whether it was made the leader of a process group, which then ends with it.
     """
 
     pid: int
     pidfd: int
     reap: Callable[[], int | None]
+    leads: bool = True
 
 
 @dataclass
@@ -86,7 +88,8 @@ class Process:
     """A started cell: its process, the lines to it, and what the system refused on the way.
 
     Attributes:
-        pid: Process id; the cell also leads a process group of this id.
+        pid: Process id.
+        leads: As in `Child`.
         returncode: As in subprocess, once it is reaped; None if nobody can tell it any more.
     """
 
@@ -94,6 +97,7 @@ class Process:
     pidfd: int
     reap: Callable[[], int | None]
     lines: Lines
+    leads: bool = True
     refused: list[Step] = field(default_factory=list)
     returncode: int | None = None
     _reaped: bool = False
@@ -112,12 +116,13 @@ class Process:
                 signal.pidfd_send_signal(self.pidfd, signum)
 
     def kill(self) -> int | None:
-        """SIGKILL the whole process group, reap the cell, and return its returncode. Idempotent."""
+        """SIGKILL it, and its group if it leads one; reap it, and return its returncode. Idempotent."""
         if not self._reaped:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 # Once anybody has reaped it, its id can be another group's: this then finds no process.
-                signal.pidfd_send_signal(self.pidfd, 0)
-                os.killpg(self.pid, signal.SIGKILL)
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                if self.leads:
+                    os.killpg(self.pid, signal.SIGKILL)
             _wait(self.pidfd)
             self.returncode = self.reap()
             with self._lock:
@@ -229,7 +234,7 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _stdio_taken() -> Iterator[None]:
+def stdio_taken() -> Iterator[None]:
     """Have no descriptor made in here be 0, 1 or 2, in a process that has closed some of these.
 
     A child's stdio would overwrite them, and whoever prints in this process would write into them.
@@ -250,7 +255,7 @@ def launch(start: Callable[[Ends], Child]) -> Process:
     Raises:
         OSError: The process or one of its descriptors could not be made.
     """
-    with _stdio_taken(), contextlib.ExitStack() as child_ends, contextlib.ExitStack() as ours:
+    with stdio_taken(), contextlib.ExitStack() as child_ends, contextlib.ExitStack() as ours:
         # Each is registered before the next is made: there may be no descriptor left for that.
         sock, child_sock = _sockets(ours, child_ends)
         log, child_log = _sockets(ours, child_ends)
@@ -266,11 +271,11 @@ def launch(start: Callable[[Ends], Child]) -> Process:
         arena = Arena()
         ours.callback(arena.close)
         ends = Ends(child_sock.fileno(), child_log.fileno(), fault_write, parent_read, arena.fd, err_write)
-        pid, pidfd, reap = start(ends)
+        child = start(ends)
         lines = Lines(sock, log, fault_read, parent_write, err_read, arena)
         _open_lines.add(lines)
         ours.pop_all()
-        return Process(pid, pidfd, reap, lines, refused)
+        return Process(child.pid, child.pidfd, child.reap, lines, child.leads, refused)
 
 
 def _sockets(
@@ -305,6 +310,19 @@ def _execute(env: Mapping[str, str], ends: Ends) -> Child:
         env=environment(env),
         process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
     )
+    return child_of(popen)
+
+
+def child_of(popen: subprocess.Popen[bytes], *, leads: bool = True) -> Child:
+    """A process that was just started, from now on in other hands than Popen's.
+
+    Args:
+        popen: Its handle.
+        leads: As in `Child`.
+
+    Raises:
+        OSError: There is no descriptor left; it has been ended.
+    """
     try:
         pidfd = os.pidfd_open(popen.pid)
     except BaseException:
@@ -317,4 +335,4 @@ def _execute(env: Mapping[str, str], ends: Ends) -> Child:
         popen.returncode = code or 0  # Popen must not wait for it again
         return code
 
-    return Child(popen.pid, pidfd, reap)
+    return Child(popen.pid, pidfd, reap, leads)

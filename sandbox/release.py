@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import select
 import signal
@@ -15,7 +16,7 @@ import time
 
 from crumplezone.reports.schema import Fault
 from crumplezone.sandbox.launch import Process
-from crumplezone.sandbox.procfs import blocked_signals
+from crumplezone.sandbox.procfs import blocked_signals, current_calls
 
 _DEADLINE = 3.0  # seconds in all
 _QUIET = 0.5  # seconds without a word, where it cannot be seen that it is parked
@@ -23,6 +24,7 @@ _LOOK = 0.002  # seconds between looks
 _TEXT_MAX = 64 * 1024
 # As bits: all but SIGKILL and SIGSTOP, which cannot be blocked, and the two that glibc keeps for itself.
 _PARKED = ~sum(1 << (n - 1) for n in (signal.SIGKILL, signal.SIGSTOP, 32, 33)) & 2**64 - 1
+_PAUSE = {"x86_64": 34, "aarch64": 73}.get(platform.machine())  # syscalls(2); there it is made of ppoll()
 # faulthandler.c, faulthandler_handlers. Of two threads that fault at once, both write the beginning.
 _NAMES = {
     "Bus error": signal.SIGBUS,
@@ -65,6 +67,14 @@ def release(process: Process, tid: int | None) -> str:
         else:
             parked = tid is not None and _is_parked(process.pid, tid)
     return text[:_TEXT_MAX].decode("utf-8", "replace")
+
+
+def parked(pid: int) -> bool:
+    """Whether a thread waits to be killed: in pause(), with every signal blocked."""
+    with contextlib.suppress(OSError):  # it has ended
+        calls = current_calls(pid)
+        return any(call and call.number == _PAUSE and _is_parked(pid, tid) for tid, call in calls.items())
+    return False
 
 
 def _is_parked(pid: int, tid: int) -> bool:

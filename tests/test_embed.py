@@ -234,6 +234,7 @@ def test_every_text_is_in_one_call_that_has_room_for_it(
         lengths = [sizes[i] for i in call]
         assert 1 <= len(call) <= config.n_seq_max <= min(256, config.n_batch)
         assert sum(lengths) <= config.n_batch == config.n_ubatch <= n_batch
+        assert config.n_batch % config.n_seq_max == 0  # else llama.cpp aborts where it pools
         assert max(lengths) <= config.n_ctx // config.n_seq_max
         assert not cached or len(set(lengths)) == 1
         assert not cached or config.n_ctx <= max(n_ctx, 2 * max(256, *lengths))

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 
 from crumplezone import Batch, Decoder
 from crumplezone.diagnostics.minimise import minimise
-from crumplezone.diagnostics.replay import find_model, read_recipe, replay
+from crumplezone.diagnostics.recipe import read_recipe
+from crumplezone.diagnostics.replay import find_model, replay
 from crumplezone.diagnostics.script import check, script
 from crumplezone.errors import CrumplezoneError, InputError, ModelError, UsageError
 from crumplezone.reports.schema import (
@@ -136,7 +137,9 @@ GENERATING = BatchRecord([], [], [], [], "generate", 8, generating=[Generating(0
         ("context.n_seq_max", {"context": CONTEXT | {"n_seq_max": 257}}),
         ("context.n_threads", {"context": CONTEXT | {"n_threads": "2"}}),
         ("context.n_gpu_layers", {"context": CONTEXT | {"n_gpu_layers": None}}),
-        ("context.kv_unified", {"context": CONTEXT | {"kv_unified": True}}),
+        ("context.kv_unified", {"context": CONTEXT | {"kv_unified": 0}}),
+        ("context.type_k", {"context": CONTEXT | {"type_k": "q2_k"}}),
+        ("context.flash_attn", {"context": CONTEXT | {"flash_attn": True}}),
         ("context.n_ctx", {"context": {}}),
         ("batch.operation", {"batch": replace(batch_of([4]), operation="rm -rf")}),
         ("len(batch.tokens)", {"batch": batch_of()}),
@@ -158,6 +161,7 @@ GENERATING = BatchRecord([], [], [], [], "generate", 8, generating=[Generating(0
         ("batch.nulls", {"batch": replace(batch_of([4, 5]), nulls=["seq_id[2]"])}),
         ("batch.nulls", {"batch": replace(batch_of([4, 5]), nulls=["pos\nimport os"])}),
         ("len(batch.nulls)", {"batch": replace(GENERATING, nulls=["pos\nimport os"])}),
+        ("len(batch.nulls)", {"batch": replace(batch_of([4]), operation="process", nulls=["pos"])}),
         ("len(batch.held)", {"batch": replace(batch_of([4]), held=[Held(0, [4], [0])] * 257)}),
         ("len(batch.held)", {"batch": replace(batch_of([4]), operation="encode", held=[Held(0, [4], [0])])}),
         ("len(batch.held[0].tokens)", {"batch": replace(batch_of([4]), held=[Held(0, [], [])])}),

@@ -29,7 +29,7 @@ from crumplezone.reports.text import render
 from tests.specimens import ESCAPE, full, plant
 from tests.test_cli import COMMAND, crumplezone
 
-VERBS = ["list", "show", "group", "diff", "replay", "minimise", "script", "export", "prune"]
+VERBS = ["list", "show", "group", "diff", "replay", "minimise", "script", "export", "html", "prune"]
 ENCODE, ENCODE_AGAIN, ABORT, REDACTED = range(4)
 
 

@@ -65,6 +65,7 @@ class Ask:
     logits: bool = True
     embeddings: bool = False
     encode: bool = False
+    process: bool = False  # decode by llama_process
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from crumplezone.errors import CellRefused, InputError, ModelError
+from crumplezone.errors import CellRefused, ContextError, InputError
 from crumplezone.reports.schema import Exit
 from crumplezone.sandbox.cell import Cell
 from crumplezone.sandbox.zygote import Zygote
@@ -67,6 +67,11 @@ class EmbedRunner:
         self._cell: Cell | None = None
         self._info: EmbedInfo | None = None
         self._own: Pooling | Literal["rank"] = "mean"
+
+    @property
+    def known(self) -> EmbedInfo | None:
+        """Facts of the model, if a cell ever ran."""
+        return self._info
 
     @property
     def pid(self) -> int | None:
@@ -151,7 +156,7 @@ class EmbedRunner:
 
         Raises:
             RefusedError: The return code was not 0.
-            ModelError: No such context can be made.
+            ContextError: No such context can be made.
             CellDied: The cell was lost.
         """
         cell = self._reshaped(config)
@@ -185,7 +190,7 @@ class EmbedRunner:
                 self._info = cell.call(Reshape(config), EmbedInfo, self._limits.deadline)
             except CellRefused as refused:
                 self._source.close()  # it has no context at all
-                raise ModelError(config.model, f"no such context can be made: {refused}") from refused
+                raise ContextError(config.model, f"no such context can be made: {refused}") from refused
         return cell
 
 
@@ -220,11 +225,13 @@ def shaped(
     """A context for texts of up to so many tokens, as many side by side as there is room for.
 
     A call is one compute pass (n_ubatch is n_batch), and the buffers grow with it: so it is no larger than
-    is of use.
+    is of use. It is a multiple of n_seq_max: where llama.cpp pools, it would round it up to one, and abort as
+    there are fewer rows to pool (llama_context::graph_reserve, ggml_can_mul_mat).
     """
     width = _width(longest)
     n_batch = min(max(width, N_UBATCH), given.n_batch)
-    n_seq_max = min(max(1, given.n_ctx // width) if cached else LLAMA_MAX_SEQ, n_batch, LLAMA_MAX_SEQ)
+    most = min(max(1, given.n_ctx // width) if cached else LLAMA_MAX_SEQ, n_batch, LLAMA_MAX_SEQ)
+    n_seq_max = next(n for n in range(most, 0, -1) if n_batch % n == 0)
     return EmbedConfig(
         model=given.model,
         n_ctx=width * n_seq_max,
@@ -233,6 +240,10 @@ def shaped(
         n_seq_max=n_seq_max,
         n_threads=given.n_threads,
         n_gpu_layers=given.n_gpu_layers,
+        kv_unified=given.kv_unified,
+        type_k=given.type_k,
+        type_v=given.type_v,
+        flash_attn=given.flash_attn,
         pooling=pooling,
     )
 

@@ -21,7 +21,15 @@ from crumplezone.errors import ReportError
 from crumplezone.reports import text
 from crumplezone.reports.redact import VARIABLES, redact, redaction_key
 from crumplezone.reports.retention import DEFAULT_RETENTION
-from crumplezone.reports.schema import BatchRecord, Environment, LadderStep, Outcome, Report, Verdict
+from crumplezone.reports.schema import (
+    BatchRecord,
+    Environment,
+    Evidence,
+    LadderStep,
+    Outcome,
+    Report,
+    Verdict,
+)
 from crumplezone.reports.signature import sign
 from crumplezone.reports.store import Store, new_id
 from crumplezone.reports.storm import Storm
@@ -49,6 +57,7 @@ class _Crash:
     config: CellConfig | None
     info: CellInfo | None
     path: str
+    command: Sequence[str] = ()
 
 
 @dataclass
@@ -142,6 +151,17 @@ def environment(info: CellInfo | None) -> Environment:
     return Environment(versions, cpu, flags, info.system_info if info else "", variables)
 
 
+def _outside(evidence: Evidence) -> Environment:
+    """That of a program, which may have another Python and llama.cpp than this process."""
+    here = environment(None)
+    versions = {name: here.versions[name] for name in ("crumplezone", "kernel")}
+    library = next((each.path for each in evidence.maps if "/llama_cpp/lib/libllama.so" in each.path), None)
+    if library:
+        for found in Path(library).parents[2].glob("llama_cpp_python-*.dist-info"):
+            versions["llama-cpp-python"] = found.name.removesuffix(".dist-info").partition("-")[2]
+    return msgspec.structs.replace(here, versions=versions)
+
+
 class Reporter:
     """Writes reports on a thread of its own, in order, signed and with the ladder's verdict.
 
@@ -170,6 +190,7 @@ class Reporter:
         batch: BatchRecord | None,
         config: CellConfig | None = None,
         info: CellInfo | None = None,
+        command: Sequence[str] = (),
     ) -> str:
         """Note a crash in a case; returns where its report will be.
 
@@ -180,10 +201,11 @@ class Reporter:
             batch: What it was decoding.
             config: Of the cell that crashed; None: the case's, as given to `file`.
             info: Likewise.
+            command: The arguments of a program that crashed; it has neither batch nor config.
         """
         report_id = new_id(incident.crashed_at)
         path = str(self.store.path(report_id))
-        crash = _Crash(report_id, incident, rung, batch, config, info, path)
+        crash = _Crash(report_id, incident, rung, batch, config, info, path, command)
         case.crashes.append(crash)
         self._submit(logging.DEBUG, self._begin, crash, case)
         return path
@@ -204,7 +226,14 @@ class Reporter:
         self.file(case, config, info)
         return path
 
-    def file(self, case: Case, config: CellConfig, info: CellInfo | None) -> None:
+    def file_program(self, incident: Incident, command: Sequence[str]) -> str:
+        """Report the crash of a program that is no cell; returns where its report will be."""
+        case = Case()
+        path = self.add(case, incident, "native", None, command=command)
+        self.file(case, None, None)
+        return path
+
+    def file(self, case: Case, config: CellConfig | None, info: CellInfo | None) -> None:
         """Hand over a case that has ended."""
         case.ended = True
         for crash in case.crashes:
@@ -280,19 +309,20 @@ def _compose(crash: _Crash, case: Case) -> Report:
     config, info, context = crash.config, crash.info, {}
     if config:
         context = {name: getattr(config, name) for name in config.__struct_fields__ if name != "model"}
-        context["kv_unified"] = False
+    evidence = crash.incident.evidence.result()
     return Report(
         id=crash.id,
         crashed_at=crash.incident.crashed_at.isoformat(),
         written_at=dt.datetime.now(dt.UTC).isoformat(),
-        evidence=crash.incident.evidence.result(),
+        evidence=evidence,
         rung=crash.rung,
         batch=crash.batch,
         context=context,
         model=model.describe(config.model, info.description if info else "") if config else None,
-        environment=environment(info),
+        environment=_outside(evidence) if crash.command else environment(info),
         ladder=case.steps,
         result=case.result,
         blamed=case.blamed,
         caller=crash.incident.caller,
+        command=list(crash.command),
     )

@@ -46,13 +46,14 @@ from crumplezone.workers.llama_protocol import (
 )
 from crumplezone.workers.llama_task import Standing, Task, Turn
 from crumplezone.workers.model import check_file
-from crumplezone.workers.protocol import CellConfig
+from crumplezone.workers.protocol import CACHE_TYPES, CellConfig
 
 TARGET = "crumplezone.workers.llama_cell:LlamaHost"
 _T = TypeVar("_T")
 Decode = Callable[[bytes], Any]
 _BULK = {"scores_bytes", "state_bytes"}  # arrays and states, as large as the context makes them
 _END = object()  # of an iterator
+_CACHE_TYPES = {number: name for name, number in CACHE_TYPES.items()}
 _SAME = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, OSError, RuntimeError)
 _RAISED = {kind.__name__: kind for kind in (*_SAME, TypeError, ValueError, ZeroDivisionError)}
 
@@ -383,6 +384,9 @@ class Session:
             n_seq_max=info.n_seq_max if info else 1,
             n_threads=given["n_threads"],
             n_gpu_layers=given["n_gpu_layers"],
+            type_k=_CACHE_TYPES.get(given["type_k"], "f16"),
+            type_v=_CACHE_TYPES.get(given["type_v"], "f16"),
+            flash_attn="on" if given["flash_attn"] else "off",
         )
 
 

@@ -26,6 +26,8 @@ from crumplezone.workers.protocol import (
     CellInfo,
     Decode,
     Decoded,
+    Detokenize,
+    Detokenized,
     Generate,
     Generated,
     Load,
@@ -45,6 +47,7 @@ from crumplezone.workers.protocol import (
 
 _BATCH = struct.Struct("@i6P")  # struct llama_batch: n_tokens, token, embd, pos, n_seq_id, seq_id, logits
 _BUFFER = ctypes.c_char * 0
+_NOT_ADDED = {-1: "the batch is full", -2: "no such token", -3: "no such sequence"}
 
 
 def _address(array: npt.NDArray[Any]) -> int:
@@ -88,7 +91,7 @@ class LlamaCell:
 
     def handle(self, request: Request) -> msgspec.Struct:
         """Answer one request."""
-        if not isinstance(request, Generate | Tokenize):
+        if not isinstance(request, Generate | Tokenize | Detokenize):
             self._engine.reset()  # what it knows of the memory will not be true
         match request:
             case Decode():
@@ -96,8 +99,8 @@ class LlamaCell:
             case Warm():
                 self._warm()
                 return Warmed()
-            case Tokenize():
-                return Tokenized(self._tokenize(request.n_bytes))
+            case Tokenize() | Detokenize():
+                return self._translated(request)
             case Generate():
                 return self._generate(request)
             case MemoryOperation():
@@ -113,6 +116,11 @@ class LlamaCell:
             case Adapt():
                 self._adapt(request)
                 return Adapted()
+
+    def _translated(self, request: Tokenize | Detokenize) -> Tokenized | Detokenized:
+        if isinstance(request, Tokenize):
+            return Tokenized(self._tokenize(request.n_bytes))
+        return Detokenized([self._detokenize(tokens) for tokens in request.tokens])
 
     def copy(self, source: int, target: int) -> None:
         """Put a copy of a sequence in the place of another. llama.cpp notes it down, for the next decode.
@@ -136,9 +144,12 @@ class LlamaCell:
         *,
         n_embd: int = 0,
         encode: bool = False,
+        process: bool = False,
         nulls: Sequence[str] = (),
     ) -> int:
         """One native call over tokens ``begin`` to ``end`` of a batch laid out as `batch_shapes`."""
+        if process:
+            return self._process([array[begin:end] for array in arrays])
         rows, positions, seq_ids, outputs, n_seq_id, pointers = arrays
         place = _address(seq_ids), n_seq_id.tobytes()
         if place != self._pointed[0]:
@@ -167,6 +178,28 @@ class LlamaCell:
         self._unsettled &= bool(rc) or encode
         return rc
 
+    def _process(self, arrays: list[npt.NDArray[Any]]) -> int:
+        """The same by ``llama_process``, each token of one sequence."""
+        if not hasattr(C, "llama_process"):
+            raise RuntimeError("this llama.cpp has no llama_process")
+        tokens, positions, seq_ids, outputs, *_ = (array.tolist() for array in arrays)
+        batch = C.llama_batch_ext_init(self.context)
+        try:
+            with self.recorder.phase("build", len(tokens)):
+                for i, (seq_id, token) in enumerate(zip(seq_ids, tokens, strict=True)):
+                    added = C.llama_batch_ext_add_token(batch, seq_id, token)
+                    if added < 0:
+                        why = _NOT_ADDED.get(added, f"rc {added}")
+                        raise RuntimeError(f"llama_batch_ext_add_token refuses token {i} of the batch: {why}")
+                    C.llama_batch_ext_set_pos(batch, added, ctypes.byref(C.llama_pos(positions[i])))
+                    C.llama_batch_ext_set_output_logits(batch, added, bool(outputs[i]))
+            with self.recorder.phase("process", len(tokens)):
+                rc = int(C.llama_process(self.context, C.LLAMA_PROCESS_TYPE_DECODE, batch))
+        finally:
+            C.llama_batch_ext_free(batch)
+        self._unsettled &= bool(rc)
+        return rc
+
     def _decode(self, request: Decode) -> Decoded:
         with self.recorder.phase("build", request.n_tokens):
             shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
@@ -178,7 +211,13 @@ class LlamaCell:
             if request.fresh:
                 self.clear()
         rc = self.run(
-            batch, 0, request.n_tokens, n_embd=request.n_embd, encode=request.encode, nulls=request.nulls
+            batch,
+            0,
+            request.n_tokens,
+            n_embd=request.n_embd,
+            encode=request.encode,
+            process=request.process,
+            nulls=request.nulls,
         )
         if rc == 0:
             outputs = wanted.nonzero()[0].tolist()
@@ -270,6 +309,13 @@ class LlamaCell:
         (room,) = self._arena.arrays([("i4", n_tokens)])
         room[:] = tokens[:n_tokens]
         return int(n_tokens)
+
+    def _detokenize(self, tokens: list[int]) -> bytes:
+        ids = (C.llama_token * len(tokens))(*tokens)
+        size = -C.llama_detokenize(self.vocab, ids, len(tokens), None, 0, False, True)  # what it would take
+        room = ctypes.create_string_buffer(max(size, 1))
+        n_bytes = C.llama_detokenize(self.vocab, ids, len(tokens), room, size, False, True)
+        return room.raw[: max(n_bytes, 0)]
 
     def _generate(self, request: Generate) -> Generated:
         if request.reset:

@@ -28,7 +28,7 @@ from crumplezone.workers.embed_protocol import (
     text_shapes,
     vector_shapes,
 )
-from crumplezone.workers.native_model import LoadError, describe, model_of
+from crumplezone.workers.native_model import ContextError, context_params, describe, model_of
 from crumplezone.workers.protocol import Warm, Warmed, batch_shapes
 
 _INT32 = ctypes.POINTER(ctypes.c_int32)
@@ -107,11 +107,7 @@ class EmbedCell:
         self.run([np.full(1, value, kind) for value, (kind, _) in zip(values, batch_shapes(1), strict=True)])
 
     def _make_context(self) -> None:
-        config, params = self._config, C.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = config.n_ctx, config.n_seq_max
-        params.n_batch, params.n_ubatch = config.n_batch, config.n_ubatch
-        params.n_threads = params.n_threads_batch = config.n_threads
-        params.kv_unified = False  # only so is a text's vector in a batch what it is alone
+        config, params = self._config, context_params(self._config)
         params.embeddings = True
         params.pooling_type = _POOLING[config.pooling] if config.pooling else C.LLAMA_POOLING_TYPE_UNSPECIFIED
         with self._recorder.phase("context", config.n_ctx):
@@ -121,7 +117,7 @@ class EmbedCell:
                 params.pooling_type = C.LLAMA_POOLING_TYPE_MEAN
                 self.context = C.llama_init_from_model(self.model, params)
         if not self.context:
-            raise LoadError(self._voices.last_error or "llama_init_from_model returned NULL")
+            raise ContextError(self._voices.last_error or "llama_init_from_model returned NULL")
         self._memory = C.llama_get_memory(self.context)
         pooling = C.llama_pooling_type(self.context)
         self._info = EmbedInfo(

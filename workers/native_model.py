@@ -16,7 +16,7 @@ import msgspec
 
 from crumplezone.sandbox.child import Room
 from crumplezone.sandbox.nursery import UnforkableError
-from crumplezone.workers.protocol import CellConfig, CellInfo, ModelFile
+from crumplezone.workers.protocol import CACHE_TYPES, FLASH_ATTENTION, CellConfig, CellInfo, ModelFile
 
 _log = logging.getLogger("llama.cpp")
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
@@ -25,6 +25,10 @@ _CONTINUES = 5  # GGML_LOG_LEVEL_CONT
 
 class LoadError(Exception):
     """llama.cpp returned NULL for a model or a context."""
+
+
+class ContextError(LoadError):
+    """It returned NULL for a context: the model is loaded."""
 
 
 def ggml() -> ctypes.CDLL:
@@ -148,19 +152,25 @@ def load_model(file: ModelFile, room: Room) -> Model:
     return Model(pointer, file, voices)
 
 
+def context_params(config: CellConfig) -> Any:
+    """What a context is made of: a ``llama_context_params``."""
+    params = C.llama_context_default_params()
+    params.n_ctx, params.n_seq_max = config.n_ctx, config.n_seq_max
+    params.n_batch, params.n_ubatch = config.n_batch, min(config.n_ubatch, config.n_batch)
+    params.n_threads = params.n_threads_batch = config.n_threads
+    params.kv_unified = config.kv_unified  # only if not does a batch give each sequence what it gets alone
+    params.type_k, params.type_v = CACHE_TYPES[config.type_k], CACHE_TYPES[config.type_v]
+    params.flash_attn_type = FLASH_ATTENTION[config.flash_attn]
+    return params
+
+
 def make_context(model: Model, config: CellConfig) -> Any:
     """Make a context.
 
     Raises:
-        LoadError: llama.cpp could not; the message is its own.
+        ContextError: llama.cpp could not; the message is its own.
     """
-    params = C.llama_context_default_params()
-    params.n_ctx = config.n_ctx
-    params.n_batch = config.n_batch
-    params.n_ubatch = min(config.n_ubatch, config.n_batch)
-    params.n_seq_max = config.n_seq_max
-    params.n_threads = params.n_threads_batch = config.n_threads
-    params.kv_unified = False  # only so does a batch give each sequence what it would get alone
+    params = context_params(config)
     context = C.llama_init_from_model(model.pointer, params)
     if context and C.llama_pooling_type(context) != C.LLAMA_POOLING_TYPE_NONE:
         # The file asks for pooled embeddings; we give a row for each token. (Always asking for NONE would
@@ -169,7 +179,7 @@ def make_context(model: Model, config: CellConfig) -> Any:
         params.pooling_type = C.LLAMA_POOLING_TYPE_NONE
         context = C.llama_init_from_model(model.pointer, params)
     if not context:
-        raise LoadError(model.voices.last_error or "llama_init_from_model returned NULL")
+        raise ContextError(model.voices.last_error or "llama_init_from_model returned NULL")
     return context
 
 

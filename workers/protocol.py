@@ -6,10 +6,25 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from crumplezone.reports.runs import CacheType, FlashAttention
 from crumplezone.sandbox.arena import Shape
 from crumplezone.workers.results import Sampling
 
 BESIDE = 128  # most prompt tokens in a native call that also generates: a long prompt makes none wait longer
+# enum ggml_type (ggml.h): of BF16, llama-cpp-python has no constant
+CACHE_TYPES: dict[CacheType, int] = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+    "bf16": 30,
+}
+QUANTIZED = CACHE_TYPES.keys() - {"f32", "f16", "bf16"}
+FLASH_ATTENTION: dict[FlashAttention, int] = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -26,6 +41,10 @@ class CellConfig(msgspec.Struct, frozen=True):
     n_seq_max: int
     n_threads: int
     n_gpu_layers: int = 0
+    kv_unified: bool = False  # True: one stream of keys and values, through which sequences affect rounding
+    type_k: CacheType = "f16"
+    type_v: CacheType = "f16"
+    flash_attn: FlashAttention = "auto"
 
 
 class ModelFile(msgspec.Struct, frozen=True):
@@ -78,6 +97,7 @@ class Decode(msgspec.Struct, tag="decode", frozen=True):
     n_seq_ids: int  # entries of all seq_id arrays together
     n_embd: int  # not 0: the batch has vectors of this size instead of tokens
     nulls: list[str]  # fields to be passed as NULL, see `Columns.nulls`
+    process: bool = False  # by llama_process, with a llama_batch_ext
 
 
 class Decoded(msgspec.Struct, frozen=True):
@@ -165,6 +185,18 @@ class Tokenized(msgspec.Struct, frozen=True):
     n_tokens: int
 
 
+class Detokenize(msgspec.Struct, tag="detokenize", frozen=True):
+    """Tell the text of each of these lists of tokens, all of which are in the vocabulary."""
+
+    tokens: list[list[Token]]
+
+
+class Detokenized(msgspec.Struct, frozen=True):
+    """UTF-8, which may be cut inside a character."""
+
+    texts: list[bytes]
+
+
 class Join(msgspec.Struct, frozen=True):
     """A prompt that takes a free sequence; its tokens lie in the arena (`Generate.shapes`)."""
 
@@ -207,7 +239,7 @@ class Generated(msgspec.Struct, frozen=True):
     progress: list[Progress]
 
 
-Request = Decode | Tokenize | Generate | MemoryOperation | Save | Load | Resize | Adapt | Warm
+Request = Decode | Tokenize | Detokenize | Generate | MemoryOperation | Save | Load | Resize | Adapt | Warm
 
 
 def batch_shapes(n_tokens: int, n_seq_ids: int = -1, n_embd: int = 0) -> list[Shape]:

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellRefused, InputError, ModelError
+from crumplezone.errors import CellRefused, ContextError, InputError
 from crumplezone.reports.schema import BatchRecord, Exit, Generating
 from crumplezone.sandbox.cell import Cell
 from crumplezone.sandbox.zygote import Zygote
@@ -24,6 +24,8 @@ from crumplezone.workers.protocol import (
     CellInfo,
     Decode,
     Decoded,
+    Detokenize,
+    Detokenized,
     Generate,
     Generated,
     Join,
@@ -168,6 +170,7 @@ class Runner:
             n_seq_ids=len(columns.seq_ids),
             n_embd=0 if columns.embd is None else columns.embd.shape[1],
             nulls=sorted(columns.nulls),
+            process=ask.process,
         )
         shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
         arena = cell.arena.arrays([*shapes, *row_shapes(request, info)])
@@ -231,7 +234,7 @@ class Runner:
         """Make a new, empty context over the loaded model; later cells will have it too.
 
         Raises:
-            ModelError: The context could not be made. The cell is gone.
+            ContextError: The context could not be made. The cell is gone.
             CellDied: The cell was lost.
         """
         cell = self._running()
@@ -239,7 +242,7 @@ class Runner:
             self._info = cell.call(Resize(n_ctx, n_seq_max), CellInfo, self._limits.deadline)
         except CellRefused as refused:
             self.close()
-            raise ModelError(self.config.model, f"no such context can be made: {refused}") from refused
+            raise ContextError(self.config.model, f"no such context can be made: {refused}") from refused
         self.config = msgspec.structs.replace(self.config, n_ctx=n_ctx, n_seq_max=n_seq_max)
         self._source.renew(self.config)
 
@@ -276,6 +279,15 @@ class Runner:
             raise cell.condemn(Exit.PROTOCOL, f"the cell made {n_tokens} tokens of {len(raw)} bytes")
         (tokens,) = cell.arena.arrays([("i4", n_tokens)])
         return tokens.copy()
+
+    def detokenize(self, tokens: Sequence[list[int]]) -> list[str]:
+        """The text of each of these lists of tokens, all of which are in the vocabulary.
+
+        Raises:
+            CellDied: The cell was lost.
+        """
+        reply = self._running().call(Detokenize(list(tokens)), Detokenized, self._limits.deadline)
+        return [text.decode("utf-8", "replace") for text in reply.texts]
 
     def generate(
         self,

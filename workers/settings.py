@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import get_args
 
 from crumplezone.errors import InputError, check_integer
+from crumplezone.reports.runs import CacheType, FlashAttention
 from crumplezone.workers.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.model import check_file
-from crumplezone.workers.protocol import CellConfig, CellInfo
+from crumplezone.workers.protocol import QUANTIZED, CellConfig, CellInfo
 from crumplezone.workers.validate import Capacity
 
 INT32_MAX = 2**31 - 1
@@ -25,6 +27,10 @@ def configure(
     n_seq_max: int = 1,
     n_threads: int,
     n_gpu_layers: int = 0,
+    kv_unified: bool = False,
+    type_k: CacheType = "f16",
+    type_v: CacheType = "f16",
+    flash_attn: FlashAttention = "auto",
 ) -> CellConfig:
     """Model and context parameters that llama.cpp can be given; see `Decoder` for what they mean.
 
@@ -41,6 +47,7 @@ def configure(
     check_integer("n_ubatch", n_ubatch, 1, INT32_MAX)
     check_integer("n_threads", n_threads, 0, 512)
     check_integer("n_gpu_layers", n_gpu_layers, -1, 2**20)
+    _check_attention(type_k, type_v, flash_attn)
     path = Path(model).absolute()
     check_file(path)
     return CellConfig(
@@ -51,7 +58,23 @@ def configure(
         n_seq_max=int(n_seq_max),
         n_threads=int(n_threads) or len(os.sched_getaffinity(0)),
         n_gpu_layers=int(n_gpu_layers),
+        kv_unified=bool(kv_unified),
+        type_k=type_k,
+        type_v=type_v,
+        flash_attn=flash_attn,
     )
+
+
+def _check_attention(type_k: str, type_v: str, flash_attn: str) -> None:
+    for name, value, known in (
+        ("type_k", type_k, get_args(CacheType)),
+        ("type_v", type_v, get_args(CacheType)),
+        ("flash_attn", flash_attn, get_args(FlashAttention)),
+    ):
+        if value not in known:
+            raise InputError(name, value, f"must be one of {', '.join(known)}")
+    if type_v in QUANTIZED and flash_attn == "off":  # refused by llama_init_from_model
+        raise InputError("type_v", type_v, "is quantised, which needs flash_attn to be on or auto")
 
 
 def capacity(info: CellInfo, config: CellConfig, *, embeddings: bool) -> Capacity:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, ModelError, UsageError
+from crumplezone.errors import CellDied, CellRefused, ContextError, CrumplezoneError, ModelError, UsageError
 from crumplezone.reports import text
 from crumplezone.reports.schema import Evidence, Report
 from crumplezone.sandbox.cell import Cell, CellSpec, Incident
@@ -142,6 +142,8 @@ class Source:
         except CellRefused as error:
             if error.kind == "LoadError":
                 raise ModelError(path, f"llama.cpp cannot load it: {error}") from error
+            if error.kind == "ContextError":
+                raise ContextError(path, f"no such context can be made: {error}") from error
             raise CrumplezoneError(f"the cell did not start: {error.kind}: {error}") from error
         except (OSError, RuntimeError) as error:  # RuntimeError: threading has no thread left
             remedy = "free memory, processes or file descriptors"

@@ -72,6 +72,10 @@ class ModelError(CrumplezoneError):
         self.path, self.report = path, report
 
 
+class ContextError(ModelError):
+    """A model of which llama.cpp makes no context with these parameters."""
+
+
 class CellDied(CrumplezoneError):
     """A cell ended before it replied. Inside the package, the ladder catches this.
 

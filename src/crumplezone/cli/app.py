@@ -15,6 +15,9 @@ import typer
 from rich.console import Console
 
 from crumplezone.cli import triage
+from crumplezone.cli.ci import ci
+from crumplezone.cli.exec import execute
+from crumplezone.cli.output import AsJson
 from crumplezone.errors import CrumplezoneError, InputError, ReportError
 from crumplezone.reports.text import printable
 
@@ -30,6 +33,8 @@ app = typer.Typer(
     "3 the model did not load or the machine refused; 130 interrupted.",
 )
 app.add_typer(triage.app, name="triage")
+app.command()(ci)
+app.command("exec", context_settings={"allow_interspersed_args": False})(execute)
 
 ModelOption = Annotated[
     Path | None, typer.Option("--model", help="GGUF file. Default: the embedded SmolLM2.", show_default=False)
@@ -79,6 +84,14 @@ def demo(model: ModelOption = None, reports: ReportsOption = None) -> None:
     from crumplezone.cli.demo import show
 
     show(model, reports)
+
+
+@app.command()
+def doctor(model: ModelOption = None, reports: ReportsOption = None, as_json: AsJson = False) -> None:
+    """Say what this machine allows and what each lack costs. Exit code 1: something needed is lacking."""
+    from crumplezone.cli.doctor import show
+
+    raise typer.Exit(SOME_FAILED if show(model, reports, as_json=as_json) else 0)
 
 
 class _Printable(logging.Formatter):

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from crumplezone.cli import again
+from crumplezone.cli import again, page
 from crumplezone.cli.output import (
     AsJson,
     ReportId,
@@ -158,7 +158,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("list")(list_reports)
-for verb in (show, group, diff, again.replay, again.minimise, again.script, again.export, prune):
+for verb in (show, group, diff, again.replay, again.minimise, again.script, again.export, page.html, prune):
     app.command()(verb)
 
 

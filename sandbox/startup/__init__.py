@@ -1,0 +1,1 @@
+"""A directory that `crumplezone exec` puts on a program's PYTHONPATH."""
