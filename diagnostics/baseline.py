@@ -12,6 +12,7 @@ import msgspec
 from crumplezone.errors import InputError
 from crumplezone.reports import files
 from crumplezone.reports.runs import CaseRecord, Ending, Fixed, News
+from crumplezone.reports.schema import Signature
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 16 << 20
@@ -31,7 +32,8 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         signatures: By id. A known crash is known in whatever case it comes.
-        cases: How a case ends that fails without a signature, by its id.
+        cases: How a case ends that fails in another way, by its id. Where a hang or an OOM was when it was
+            killed is chance: its signature may be another every time.
     """
 
     signatures: dict[str, Known] = {}
@@ -45,23 +47,24 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if case.ending is Ending.PASS:
             listed = any(case.id in known.cases for known in self.signatures.values())
             return News.FIXED if listed or case.id in self.cases else News.EXPECTED
-        if case.signature:
-            return News.KNOWN if case.signature.id in self.signatures else News.NEW
+        if signature := _crash(case):
+            return News.KNOWN if signature.id in self.signatures else News.NEW
         return News.KNOWN if self.cases.get(case.id) == case.ending.value else News.NEW
 
     def fixed(self, cases: Iterable[CaseRecord]) -> list[Fixed]:
-        """The signatures that no case has any more, where every case that had them was run and passed."""
+        """What is gone: signatures that no case has, where all that had them passed; cases that passed."""
         passed, met = set(), set()
         for case in cases:
             if case.ending is Ending.PASS:
                 passed.add(case.id)
-            if case.signature:
-                met.add(case.signature.id)
-        return [
+            if signature := _crash(case):
+                met.add(signature.id)
+        gone = [
             Fixed(signature, known.title, known.cases)
             for signature, known in self.signatures.items()
             if signature not in met and known.cases and passed.issuperset(known.cases)
         ]
+        return gone + [Fixed("", ending, [name]) for name, ending in self.cases.items() if name in passed]
 
     def updated(self, cases: Sequence[CaseRecord]) -> Baseline:
         """A baseline that expects what these cases did; of all others it expects what this one does."""
@@ -73,12 +76,17 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         }
         failures = {case: ending for case, ending in self.cases.items() if case not in renewed}
         for case in told:
-            if case.signature:
-                seen.setdefault(case.signature.id, (case.signature.title, set()))[1].add(case.id)
+            if signature := _crash(case):
+                seen.setdefault(signature.id, (signature.title, set()))[1].add(case.id)
             elif case.ending is not Ending.PASS:
                 failures[case.id] = msgspec.convert(case.ending.value, _Failure)
         signatures = {name: Known(title, sorted(ids)) for name, (title, ids) in sorted(seen.items()) if ids}
         return Baseline(signatures, dict(sorted(failures.items())))
+
+
+def _crash(case: CaseRecord) -> Signature | None:
+    """What a crash is known by."""
+    return case.signature if case.ending is Ending.CRASH else None
 
 
 class _Version(msgspec.Struct):

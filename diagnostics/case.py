@@ -36,7 +36,7 @@ class Case(msgspec.Struct, frozen=True):
         id: The same in every run; it names the case in baselines.
         model: Path of a GGUF file.
         shape: What is asked of llama.cpp.
-        deadline: Seconds until a native call counts as hung.
+        deadline: Seconds until a native call, or the start of a cell, counts as hung.
         memory: Bytes of resident memory above which a cell is killed, or None.
     """
 
@@ -106,7 +106,7 @@ class _Attempt:
     def file(self) -> None:
         """Hand the crashes over to be reported."""
         if crashes := self._job.crashes:
-            self._job.result = f"case {self._case.id!a} of a diagnostic run"
+            self._job.result = f"the case {self._case.id!a} ends as {self._ending.value}"
             assert crashes[0].config is not None
             self._reporter.file(self._job, crashes[0].config, crashes[0].info)
 

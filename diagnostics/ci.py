@@ -44,6 +44,7 @@ class Job:
         shard: What part of the matrix this is, for the record.
         resume: Go on with the run that was interrupted in this directory.
         jobs: How many cases run at once.
+        memory: Bytes of resident memory of one cell where the matrix has no limit; None: no limit there.
     """
 
     cases: Sequence[Case]
@@ -53,6 +54,7 @@ class Job:
     shard: str = ""
     resume: bool = False
     jobs: int = 1
+    memory: int | None = None
 
 
 def run(job: Job, watch: Watch) -> RunRecord:
@@ -77,7 +79,7 @@ def run(job: Job, watch: Watch) -> RunRecord:
         begun = msgspec.structs.replace(begun, started_at=output.started_at)
         ended, complete = _run_cases(job, output, expected, watch)
         records = [ended[case.id] for case in job.cases if case.id in ended]
-        models, place = _describe(job.cases) if complete else ([], environment(None))
+        models, place = _describe(job) if complete else ([], environment(None))
         record = msgspec.structs.replace(
             begun,
             cases=records,
@@ -106,10 +108,10 @@ def exit_code(run: RunRecord, *, update: bool) -> int:
 def digest(job: Job) -> str:
     """Of what the results depend on: two runs of one digest may share them.
 
-    Without the memory limit, which by default is what the machine has free just then.
+    Without `Job.memory`, which is what the machine has free just then.
     """
     files = {case.model: _stamp(case.model) for case in job.cases}
-    cases = [[case.id, str(case.model), case.shape, case.deadline] for case in job.cases]
+    cases = [[case.id, str(case.model), case.shape, case.deadline, case.memory] for case in job.cases]
     versions = environment(None).versions
     plan = [cases, sorted(files.values()), versions]
     return hashlib.sha256(json.dumps(msgspec.to_builtins(plan)).encode()).hexdigest()
@@ -136,7 +138,11 @@ def _run_cases(
     for case in job.cases:
         if case.id in output.done:
             end(output.done[case.id])
-    todo = [case for case in job.cases if case.id not in ended]
+    todo = [
+        msgspec.structs.replace(case, memory=case.memory or job.memory)
+        for case in job.cases
+        if case.id not in ended
+    ]
     running = run_all(todo, job.jobs, output.store.directory, output.log)
     try:
         with contextlib.closing(running):
@@ -148,14 +154,14 @@ def _run_cases(
     return ended, True
 
 
-def _describe(cases: Sequence[Case]) -> tuple[list[ModelRecord], Environment]:
+def _describe(job: Job) -> tuple[list[ModelRecord], Environment]:
     """The models, and llama.cpp as a cell that has loaded one of them shows it."""
     models, found = [], environment(None)
-    for path, case in {case.model: case for case in cases}.items():
+    for path, case in {case.model: case for case in job.cases}.items():
         description = ""
         with contextlib.suppress(CrumplezoneError):  # its cases tell why
             config = configure(path, n_ctx=1, n_batch=1, n_threads=1)
-            limits = Limits(case.deadline, case.memory)
+            limits = Limits(case.deadline, case.memory or job.memory)
             with contextlib.closing(Runner(config, limits, reporter=None)) as runner:
                 description = runner.info.description
                 found = environment(runner.info)

@@ -25,7 +25,7 @@ _RENDERED = (RUN, "junit.xml", "results.sarif", SUMMARY, "index.html")
 _MAX_JOURNAL = 256 << 20
 _HEAD = b'{"plan":'
 _ANEW = "without --resume it starts anew"
-_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no file elsewhere, and no FIFO that waits
 
 _log = logging.getLogger("crumplezone.ci")
 
@@ -74,6 +74,7 @@ class Output:
             try:
                 self._fd = self._take()
                 undo.callback(os.close, self._fd)
+                os.close(os.open(directory / LOG, os.O_WRONLY | os.O_CREAT | _SAFELY, 0o666))
                 self._begin(start, plan, resume=resume)
                 self.log = logging.FileHandler(directory / LOG, "a" if self.done else "w", encoding="utf-8")
             except OSError as error:

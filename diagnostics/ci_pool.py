@@ -199,8 +199,8 @@ def _serve(line: Connection, handler: logging.Handler, store: Path, parent: int,
         except Exception as error:  # noqa: BLE001 - whatever it was, the next case is another
             _log.exception("%s: could not be run", case.id)
             record = _unknown(case, f"could not be run ({type(error).__name__}: {error}); see run.log")
-        what = record.signature.title if record.signature else record.detail
-        _log.info("%s: %s in %.0f ms%s", case.id, record.ending.value, record.ms, what and f": {what}")
+        what = record.detail and f": {record.detail}"
+        _log.info("%s: %s in %.0f ms%s", case.id, record.ending.value, record.ms, what)
         line.send_bytes(msgspec.msgpack.encode(record))
 
 

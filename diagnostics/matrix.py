@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -21,7 +21,7 @@ from crumplezone.reports import files
 from crumplezone.reports.runs import Shape
 
 DEFAULT = """\
-deadline = 60  # seconds for one native run
+deadline = 60  # seconds for each native call
 
 # The reference matrix.
 [[cases]]
@@ -103,7 +103,7 @@ class Matrix:
 
     Attributes:
         shapes: Without duplicates, in the order of the file.
-        deadline: Seconds for one native run.
+        deadline: Seconds for each native call, and for the start of each cell.
         memory: Bytes of resident memory of one cell, or None: what the machine has.
     """
 
@@ -163,7 +163,9 @@ def _checked(
         try:
             converted = [msgspec.convert(value, keys[key]) for value in values]
         except msgspec.ValidationError as error:
-            problems.append(f"{where}{key} is {given!r:.60}: {error}")
+            known = get_args(keys[key]) if get_origin(keys[key]) is Literal else ()
+            limit = f"must be {', '.join(known)}" if known else error
+            problems.append(f"{where}{key} is {given!r:.60}: {limit}")
             continue
         if not converted:
             problems.append(f"{where}{key} is empty: give a value or a list of them")
@@ -182,13 +184,12 @@ def _product(case: dict[str, Any], where: str, problems: list[str], room: int) -
         yield Shape(**dict(zip(axes, values, strict=True)))
 
 
-def plan(matrix: Matrix, models: Sequence[Path], memory: int) -> list[Case]:
+def plan(matrix: Matrix, models: Sequence[Path]) -> list[Case]:
     """All cases of a run.
 
     Args:
         matrix: What is asked of each model.
         models: A model given twice counts once.
-        memory: Bytes of resident memory of one cell where the matrix has no limit.
 
     Raises:
         InputError: Two models cannot be told apart by their names, or one cannot be named.
@@ -203,7 +204,7 @@ def plan(matrix: Matrix, models: Sequence[Path], memory: int) -> list[Case]:
         except UnicodeEncodeError:
             raise InputError("--model", ascii(str(path)), "has a name that is not UTF-8; rename it") from None
     return [
-        Case(case_id(name, shape), path, shape, matrix.deadline, matrix.memory or memory)
+        Case(case_id(name, shape), path, shape, matrix.deadline, matrix.memory)
         for name, path in named.items()
         for shape in matrix.shapes
     ]

@@ -100,7 +100,7 @@ def _test(suite: ET.Element, case: CaseRecord, report: Report | None) -> None:
 
 
 def _message(case: CaseRecord) -> str:
-    title = case.signature.title or case.signature.fault_class if case.signature else case.detail
+    title = case.title or case.detail
     known = "known" if case.news is News.KNOWN else ""
     return ": ".join(filter(None, (known, case.ending.value, title)))
 

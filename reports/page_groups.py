@@ -71,7 +71,7 @@ def groups(run: RunRecord | None, rows: Iterable[Row], removed: Mapping[str, Cou
 
 
 def table(found: Sequence[Group], fixed: Sequence[Fixed]) -> Markup:
-    """A line per signature with its count and trend, then the signatures that are gone."""
+    """A line per signature with its count and trend, then what is fixed."""
     if not found and not fixed:
         return tag("p", "Nothing has crashed.", class_="quiet")
     times = [row.crashed_at for group in found for row in group.rows]
@@ -153,15 +153,14 @@ def _trend(group: Group, begin: datetime, end: datetime) -> Markup:
 
 def _fixed(fixed: Fixed) -> Markup:
     words = f"expected in {count(len(fixed.cases), 'case')}, and not met"
+    said = [tag("code", text(fixed.signature, _SHORT)), words] if fixed.signature else [fixed.cases[0]]
     return tag(
         "tr",
         tag("td", "0", class_="count"),
         tag(
             "td",
             tag("div", tag("b", "fixed", class_="news fixed"), " ", tag("b", symbol(fixed.title))),
-            tag(
-                "div", tag("code", text(fixed.signature, _SHORT)), f" \N{MIDDLE DOT} {words}", class_="quiet"
-            ),
+            tag("div", Markup(" \N{MIDDLE DOT} ").join(said), class_="quiet"),
         ),
         tag("td"),
         tag("td"),

@@ -150,12 +150,11 @@ def _table(numbered: Sequence[tuple[int, CaseRecord]]) -> Markup:
 def _case(number: int, case: CaseRecord) -> Markup:
     ending = tag("span", case.ending.value, class_=f"tag {case.ending.value} {case.news.value}")
     news = "" if case.news in (News.EXPECTED, News.UNKNOWN) else case.news.value
-    title = (case.signature.title or case.signature.fault_class) if case.signature else ""
     said = []
     if case.signature:
-        said.append(tag("a", symbol(title), href="#" + quote(f"g-{case.signature.id[:64]}")))
-    if detail := case.detail.removeprefix(title).lstrip("; "):  # of a crash it begins with the title
-        said.append(tag("span", text(detail, 400)))
+        said.append(tag("a", symbol(case.title), href="#" + quote(f"g-{case.signature.id[:64]}")))
+    if case.more:
+        said.append(tag("span", text(case.more, 400)))
     if case.report:
         said.append(tag("a", "report", href=link(case.report)))
     differs = _difference(case.text, case.safe_text) if case.ending is Ending.MISMATCH else EMPTY

@@ -22,7 +22,7 @@ class Ending(StrEnum):
     PASS = "pass"  # noqa: S105 - no password
     MISMATCH = "mismatch"  # the native text is not that of the safe path
     CRASH = "crash"  # a fatal signal, an abort, an exit, or NaN in what it returned
-    HANG = "hang"  # over the case's deadline
+    HANG = "hang"  # a native call, or the start of a cell, took longer than the deadline
     OOM = "oom"  # over the case's memory limit, or killed by the kernel for memory
     REFUSED = "refused"  # by our validation or by llama.cpp's return code; the cell lived
     ERROR = "error"  # of the infrastructure: nothing is known of the case
@@ -54,7 +54,7 @@ class Shape(msgspec.Struct, frozen=True):
     pooling: Pooling = "model"
 
 
-class CaseRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+class CaseRecord(msgspec.Struct, frozen=True):
     """One case and its ending."""
 
     id: str  # the same in every run: "SmolLM2-135M-Q4_1 encode 3x10"
@@ -70,16 +70,26 @@ class CaseRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str = ""  # what the native path generated
     safe_text: str = ""  # what the safe path generated, where it is another
 
+    @property
+    def title(self) -> str:
+        """Of its signature; empty without one."""
+        return self.signature.title or self.signature.fault_class if self.signature else ""
+
+    @property
+    def more(self) -> str:
+        """The detail without the title, which it begins with."""
+        return self.detail.removeprefix(self.title).lstrip("; ")
+
 
 class Fixed(msgspec.Struct, frozen=True):
-    """A signature of the baseline that the run should have met, and did not."""
+    """A failure of the baseline that the run should have met, and did not."""
 
-    signature: str
-    title: str
+    signature: str  # empty: a case that was expected to fail without one
+    title: str  # of the signature, or how the case was expected to end
     cases: list[str]  # that it was expected in, and that passed
 
 
-class RunRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+class RunRecord(msgspec.Struct, frozen=True):
     """One diagnostic run."""
 
     started_at: str  # UTC, ISO 8601

@@ -74,8 +74,7 @@ def render_run(run: RunRecord, reports: Mapping[str, Report]) -> dict[str, Any]:
         rules.append(rule)
         results.append({**result, "ruleId": rule["id"], "level": rule["defaultConfiguration"]["level"]})
     for fixed in run.fixed:
-        title = fixed.title if fixed.signature else ""
-        rule = _rule(_text(fixed.signature) or "unsigned", Signature("", "fixed", title=title))
+        rule = _fixed_rule(fixed)
         rules.append(rule)
         results.append(_absent(fixed, rule["id"]))
     log = _log(rules, results)
@@ -96,9 +95,19 @@ def _log(rules: Iterable[dict[str, Any]], results: list[dict[str, Any]]) -> dict
 def _case_rule(case: CaseRecord) -> dict[str, Any]:
     if case.signature:
         return _rule(_text(case.signature.id), case.signature)
-    ending = case.ending.value
-    signature = Signature("", ending, title=_UNSIGNED[case.ending])
-    return _rule(ending, signature, "warning" if case.ending is Ending.REFUSED else "error")
+    return _ending_rule(case.ending)
+
+
+def _fixed_rule(fixed: Fixed) -> dict[str, Any]:
+    if fixed.signature:
+        return _rule(_text(fixed.signature), Signature("", "fixed", title=fixed.title))
+    return _ending_rule(Ending(fixed.title))
+
+
+def _ending_rule(ending: Ending) -> dict[str, Any]:
+    """Of cases that failed without a signature."""
+    signature = Signature("", ending.value, title=_UNSIGNED[ending])
+    return _rule(ending.value, signature, "warning" if ending is Ending.REFUSED else "error")
 
 
 def _case_result(same: list[CaseRecord], reports: Mapping[str, Report]) -> dict[str, Any]:
@@ -108,12 +117,13 @@ def _case_result(same: list[CaseRecord], reports: Mapping[str, Report]) -> dict[
     result: dict[str, Any] = _result(shown) if shown else {"message": {"text": _text(_message(first))}}
     if not result.get("locations"):
         result["locations"] = [{"logicalLocations": [{"fullyQualifiedName": _text(first.id)}]}]
-    own = {"crumplezoneCase/v1": _text(f"{first.ending.value} {first.id}")}
     texts = {"native": first.text, "safe": first.safe_text} if first.ending is Ending.MISMATCH else {}
     return {
         **result,
         "occurrenceCount": len(same),
-        "partialFingerprints": _fingerprint(first.signature) if first.signature else own,
+        "partialFingerprints": _fingerprint(first.signature)
+        if first.signature
+        else _case_fingerprint(first.ending.value, first.id),
         "properties": {
             **result.get("properties", {}),
             "ending": first.ending.value,
@@ -128,17 +138,18 @@ def _message(case: CaseRecord) -> str:
 
 
 def _absent(fixed: Fixed, rule_id: str) -> dict[str, Any]:
-    result: dict[str, Any] = {
+    signed = fixed.signature and Signature(fixed.signature, "")
+    return {
         "ruleId": rule_id,
         "level": "none",
         "kind": "pass",
         "baselineState": "absent",
         "message": {"text": _text(f"fixed: {fixed.title}")},
+        "partialFingerprints": _fingerprint(signed)
+        if signed
+        else _case_fingerprint(fixed.title, fixed.cases[0]),
         "properties": {"cases": [_text(case) for case in fixed.cases[:_MAX_IDS]]},
     }
-    if fixed.signature:
-        result["partialFingerprints"] = _fingerprint(Signature(fixed.signature, ""))
-    return result
 
 
 def _invocation(run: RunRecord) -> dict[str, Any]:
@@ -205,6 +216,10 @@ def _result(same: list[Report]) -> dict[str, Any]:
 def _fingerprint(signature: Signature) -> dict[str, str]:
     # Results of two tool versions are the same if their fingerprints of one name and version are equal.
     return {f"crumplezoneSignature/v{signature.version}": _text(signature.id)}
+
+
+def _case_fingerprint(ending: str, case: str) -> dict[str, str]:
+    return {"crumplezoneCase/v1": _text(f"{ending} {case}")}
 
 
 def _properties(same: list[Report]) -> dict[str, Any]:

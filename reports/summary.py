@@ -36,8 +36,6 @@ def render(run: RunRecord) -> str:
         groups = grouped(case for case in failed if case.news is news)
         lines += _section(title, [_group(group) for group in groups])
     lines += _section("Fixed", [_fixed(each) for each in run.fixed])
-    # Of a run without a baseline, or as it should be: a shape that is meant to be refused.
-    lines += _section("As expected", [_group([case]) for case in failed if case.news is News.EXPECTED])
     return "\n".join([*lines, *_tables(run.cases), ""])
 
 
@@ -71,7 +69,7 @@ def annotations(run: RunRecord) -> list[str]:
 def _annotation(group: Sequence[CaseRecord]) -> str:
     first = group[0]
     news = "new " if first.news is News.NEW else ""
-    title = _property(f"{news}{first.ending.value}: {_title(first) or first.id}")
+    title = _property(f"{news}{first.ending.value}: {first.title or first.id}")
     more = f" and {len(group) - 1} more" if len(group) > 1 else ""
     report = f"; report {first.report}" if first.report else ""
     return f"::error title={title}::{_data(f'{first.id}{more}: {_cause(first)}{report}')}"
@@ -90,12 +88,8 @@ def _plural(count: int, noun: str) -> str:
     return noun if count == 1 else f"{noun}s"
 
 
-def _title(case: CaseRecord) -> str:
-    return case.signature.title or case.signature.fault_class if case.signature else ""
-
-
 def _cause(case: CaseRecord) -> str:
-    return case.detail or _title(case) or case.ending.value
+    return case.detail or case.title or case.ending.value
 
 
 def _facts(run: RunRecord) -> list[str]:
@@ -120,13 +114,13 @@ def _section(title: str, items: Sequence[str]) -> list[str]:
 
 def _group(group: Sequence[CaseRecord]) -> str:
     first = group[0]
-    lines = [f"- **{first.ending.value}** {span(_title(first) or first.detail, _MAX_LINE)}"]
+    lines = [f"- **{first.ending.value}** {span(first.title or first.detail, _MAX_LINE)}"]
     lines.append(f"  - {len(group)} {_plural(len(group), 'case')}: {_names(case.id for case in group)}")
     if first.signature and first.signature.key:
         frames = [span(part, _MAX_LINE) for part in first.signature.key[:3]]
         lines.append(f"  - top frames: {' < '.join(frames)}")
-    if first.signature and first.detail:
-        lines.append(f"  - {span(first.detail, _MAX_LINE)}")
+    if first.signature and first.more:
+        lines.append(f"  - {span(first.more, _MAX_LINE)}")
     if first.ending is Ending.MISMATCH:
         texts = (("native", first.text), ("safe", first.safe_text))
         lines += [f"  - {name}: {span(text, _MAX_LINE)}" for name, text in texts]

@@ -22,8 +22,9 @@ from tests.poison import Poison
 from tests.support import Dose, Job, Open, Record, read_all
 from tests.tiny_gguf import write_tiny_llama
 
-# A shell that starts the suite beside itself has it ignore SIGINT, and everything it starts inherits that.
+# A shell that starts the suite beside itself has it ignore these, and everything it starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def full_run(hostile: str = "", **fields: Any) -> RunRecord:
         ),
         case("process 1x1", Ending.HANG, News.KNOWN, hostile, shape=Shape("process")),
         case("process 3x10", Ending.OOM, News.KNOWN, hostile, shape=Shape("process", 3, 10)),
-        case("embed 3x1", Ending.REFUSED, News.EXPECTED, hostile, shape=Shape("embed", 3, 1)),
+        case("embed 3x1", Ending.REFUSED, News.KNOWN, hostile, shape=Shape("embed", 3, 1)),
         case("safe 1x1", Ending.ERROR, News.UNKNOWN, hostile, shape=Shape("safe")),
     ]
     given: dict[str, Any] = {

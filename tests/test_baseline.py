@@ -16,7 +16,7 @@ from crumplezone.errors import InputError
 from crumplezone.reports.runs import CaseRecord, Ending, Fixed, News, Shape
 from crumplezone.reports.schema import Signature
 
-KNOWN = Baseline({"s1": Known("SIGSEGV in f", ["a", "b"])}, {"c": "mismatch"})
+KNOWN = Baseline({"s1": Known("SIGSEGV in f", ["a", "b"])}, {"c": "mismatch", "h": "hang"})
 
 
 def case(name: str, ending: Ending, signature: str = "") -> CaseRecord:
@@ -35,6 +35,8 @@ def case(name: str, ending: Ending, signature: str = "") -> CaseRecord:
         (case("a", Ending.ERROR), News.UNKNOWN),
         (case("c", Ending.MISMATCH), News.KNOWN),
         (case("c", Ending.REFUSED), News.NEW),
+        (case("h", Ending.HANG, "s3"), News.KNOWN),  # wherever it was when it was killed
+        (case("a", Ending.HANG, "s1"), News.NEW),
         (case("c", Ending.PASS), News.FIXED),
         (case("d", Ending.MISMATCH), News.NEW),
         (case("d", Ending.PASS), News.EXPECTED),
@@ -59,11 +61,15 @@ def test_fixed_is_only_what_was_tried(records: list[CaseRecord], fixed: bool) ->
     assert KNOWN.fixed(records) == ([Fixed("s1", "SIGSEGV in f", ["a", "b"])] if fixed else [])
 
 
+def test_a_failure_without_a_signature_is_fixed_when_its_case_passes() -> None:
+    assert KNOWN.fixed([case("c", Ending.PASS), case("h", Ending.ERROR)]) == [Fixed("", "mismatch", ["c"])]
+
+
 def test_an_update_leaves_what_was_not_run() -> None:
     run = [case("a", Ending.PASS), case("d", Ending.CRASH, "s2"), case("e", Ending.HANG)]
     updated = KNOWN.updated([*run, case("b", Ending.ERROR)])
     assert updated.signatures == {"s1": Known("SIGSEGV in f", ["b"]), "s2": Known("SIGSEGV in s2", ["d"])}
-    assert updated.cases == {"c": "mismatch", "e": "hang"}
+    assert updated.cases == {"c": "mismatch", "e": "hang", "h": "hang"}
     assert updated.updated([case("b", Ending.PASS)]).signatures.keys() == {"s2"}
 
 

@@ -111,6 +111,7 @@ def test_encode_without_an_encoder_crashes(smollm: Path, attempt: Try, store: St
     assert record.detail.endswith("batch-only: every sequence got its result on the rung safe")
     assert report.batch is not None
     assert (report.batch.operation, report.batch.seq_ids) == ("encode", [0] * 4 + [1] * 3 + [2] * 3)
+    assert report.result == f"the case {record.id!r} ends as crash"
     assert [(step.rung, step.sequences) for step in report.ladder] == [
         ("native", [0, 1, 2]), ("safe", [0]), ("safe", [1]), ("safe", [2]),
     ]  # fmt: skip

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -152,7 +153,7 @@ def test_the_runners_die_with_the_run(tmp_path: Path) -> None:
 
 def plan(tmp_path: Path, tiny: Path, text: str = MATRIX) -> list[Case]:
     (tmp_path / "matrix.toml").write_text(text)
-    return matrix.plan(matrix.read(tmp_path / "matrix.toml"), [tiny], 2 << 30)
+    return matrix.plan(matrix.read(tmp_path / "matrix.toml"), [tiny])
 
 
 def do(job: ci.Job) -> RunRecord:
@@ -227,11 +228,9 @@ def test_a_fixed_crash_is_said(tmp_path: Path, tiny: Path, dose: Dose) -> None:
 def test_a_model_that_does_not_load_is_no_new_failure(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(tiny.read_bytes()[:5000])
     shapes = matrix.Matrix([Shape("decode"), Shape("safe")])
-    run = do(
-        ci.Job(
-            matrix.plan(shapes, [tmp_path / "broken.gguf", tmp_path / "none.gguf"], 2 << 30), tmp_path / "out"
-        )
-    )
+    os.mkfifo(tmp_path / "fifo.gguf")
+    models = [tmp_path / f"{name}.gguf" for name in ("broken", "none", "fifo")]
+    run = do(ci.Job(matrix.plan(shapes, models), tmp_path / "out"))
     assert {case.ending for case in run.cases} == {Ending.ERROR}
     assert all(case.detail for case in run.cases)
     assert ci.exit_code(run, update=False) == ci.INFRASTRUCTURE
@@ -254,7 +253,8 @@ def test_resuming_keeps_what_is_known(tmp_path: Path) -> None:
     output.append(finished(one))
     output.append(finished(two, Ending.ERROR))
     output.close()
-    assert not runs.decode((tmp_path / "out/run.json").read_bytes()).complete
+    begun = json.loads((tmp_path / "out/run.json").read_bytes())
+    assert (begun["complete"], begun["schema_version"]) == (False, 1)  # said, for programs of others
     journal = tmp_path / "out/journal.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"id": "case 3", "mod')  # kill -9 in the middle of a line
     again = start(tmp_path / "out", resume=True)
@@ -277,7 +277,13 @@ def test_bad_output_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "site/index.html").write_text("mine")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/journal.jsonl").write_text('{"mine": 1}\n')
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/run.log")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/run.log").symlink_to(tmp_path / "file")
     for name, said in (
+        ("pipe", "cannot be written"),
+        ("link", "cannot be written"),
         ("file", "Not a directory"),
         ("file/below", "Not a directory"),
         ("site", "index.html"),
@@ -301,6 +307,15 @@ def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
         journal.write_bytes(head + line)
         with pytest.raises(InputError, match="cannot be read"):
             start(tmp_path / "out", resume=True)
+
+
+def test_what_the_results_depend_on() -> None:
+    one, two = some(2)
+    limited = msgspec.structs.replace(one, memory=1 << 30)
+    plans = [[one], [one, two], [limited], [msgspec.structs.replace(one, deadline=1.0)]]
+    assert len({ci.digest(ci.Job(plan, Path("out"))) for plan in plans}) == len(plans)
+    # What the machine has free, and how many run at once, are no part of the matrix.
+    assert ci.digest(ci.Job([one], Path("out"), jobs=2, memory=1)) == ci.digest(ci.Job([one], Path("out")))
 
 
 def test_the_log_of_a_run_is_one_line_a_record(tmp_path: Path) -> None:
@@ -341,6 +356,19 @@ def test_the_command_tells_github(tmp_path: Path, tiny: Path) -> None:
     assert re.search(r"^crash +new .* tiny encode 1x4", done.stderr, re.MULTILINE)
 
 
+def test_nobody_reads_what_it_says(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "m.toml").write_text("[[cases]]\ntokens = [1, 2]\n")
+    read, write = os.pipe()
+    os.close(read)
+    arguments = [*COMMAND, "ci", "--matrix", "m.toml", "--model", str(tiny)]
+    try:
+        done = subprocess.run(arguments, cwd=tmp_path, stdout=write, stderr=write, timeout=100)
+    finally:
+        os.close(write)
+    assert done.returncode == 0
+    assert runs.decode((tmp_path / "crumplezone-ci/run.json").read_bytes()).complete
+
+
 def test_bad_usage_is_said_before_anything_runs(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "m.toml").write_text("[[cases]]\ntoken = 1\n")
     for arguments, said in (
@@ -376,6 +404,30 @@ def test_interrupted_and_resumed(tmp_path: Path, tiny: Path) -> None:
         for line in (tmp_path / "crumplezone-ci/journal.jsonl").read_text().splitlines()[1:]
     ]
     assert sorted(kept) == sorted(case.id for case in whole.cases)  # none was run twice
+
+
+def test_interrupted_after_the_last_case(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "m.toml").write_text("[[cases]]\n")
+    arguments = [*COMMAND, "ci", "--matrix", "m.toml", "--model", str(tiny)]
+    with subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith(b"pass")
+        process.send_signal(signal.SIGINT)  # it has yet to ask a cell what the model is, and to write it all
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert b"the same command with --resume goes on" in stdout + stderr
+    done = command(tmp_path, "--matrix", "m.toml", "--model", tiny, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "crumplezone-ci/journal.jsonl").read_text().splitlines()) == 1 + 1
+
+
+def test_the_terminal_is_not_told_of_everything(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "m.toml").write_text(f"[[cases]]\nsequences = {list(range(2, 72))}\n")
+    done = command(tmp_path, "--matrix", "m.toml", "--model", tiny)
+    assert done.returncode == 1, done.stderr
+    said = done.stdout.splitlines()
+    assert (said[0], said[-2]) == ("Crumplezone: 70 new failures", "and 6 more")
+    assert sum(line.startswith("new: refused: ") for line in said) == 64
 
 
 def test_the_workflow_and_the_document_use_options_that_there_are(tmp_path: Path) -> None:

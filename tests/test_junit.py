@@ -71,7 +71,7 @@ def test_each_ending_is_what_it_should_be() -> None:
         "decode 3x10 q8_0": [(Failure, "mismatch", "mismatch: mismatch it was")],
         "process 1x1": [(Skipped, "hang", "known: hang: hang it was")],
         "process 3x10": [(Skipped, "oom", "known: oom: oom it was")],
-        "embed 3x1": [(Skipped, "refused", "refused: refused it was")],
+        "embed 3x1": [(Skipped, "refused", "known: refused: refused it was")],
         "safe 1x1": [(Error, "error", "error: error it was")],
     }
     assert "fixed" in tests[f"{MODEL} decode 3x10"].system_out

@@ -15,7 +15,7 @@ from crumplezone import Batch
 from crumplezone.reports import page, schema
 from crumplezone.reports.index import Row
 from crumplezone.reports.retention import Count
-from crumplezone.reports.runs import CaseRecord, Ending, News, RunRecord, Shape
+from crumplezone.reports.runs import CaseRecord, Ending, Fixed, News, RunRecord, Shape
 from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Frame, Phase, Report, Sample, Thread
 from crumplezone.reports.store import Store
 from crumplezone.reports.text import render as as_text
@@ -92,6 +92,13 @@ def test_the_page_says_what_is_known() -> None:
         "not gathered",
     ):
         assert part in said, part
+
+
+def test_a_case_that_is_fixed_is_named() -> None:
+    fixed = [Fixed("", "hang", ["m decode 1x1"])]
+    said = Parsed(page.render(RunRecord("2026-11-21", 1, fixed=fixed), [])).said
+    assert "fixed hang" in said
+    assert "m decode 1x1" in said
 
 
 def test_the_map_has_a_row_per_shape_and_a_column_per_model_and_path() -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from crumplezone.reports import sarif
+from crumplezone.reports.runs import Fixed
 from crumplezone.reports.schema import Report
 from tests.run_specimens import ENCODE, MODEL, full_run
 from tests.specimens import ID, full
@@ -53,6 +54,16 @@ def test_a_result_is_known_again_in_the_next_run() -> None:
         {str(r["partialFingerprints"]) for r in rendered(**f)["results"]} for f in ({}, {"baseline": ""})
     )
     assert known == after
+
+
+def test_a_case_that_is_fixed_is_the_result_that_it_was() -> None:
+    name = f"{MODEL} decode 3x10 q8_0"
+    (was,) = (r for r in rendered()["results"] if r["ruleId"] == "mismatch")
+    run = rendered(cases=[], fixed=[Fixed("", "mismatch", [name])])
+    (absent,) = run["results"]
+    assert (absent["ruleId"], absent["baselineState"]) == ("mismatch", "absent")
+    assert absent["partialFingerprints"] == was["partialFingerprints"]
+    assert [rule["id"] for rule in run["tool"]["driver"]["rules"]] == ["mismatch"]
 
 
 def test_without_a_baseline_nothing_is_new_or_unchanged() -> None:

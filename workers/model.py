@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -59,12 +60,13 @@ def check_file(path: Path) -> None:
 
 
 def describe(path: str, description: str) -> ModelRecord:
-    """The model as a report names it."""
-    try:
-        stat = Path(path).stat()
-        return ModelRecord(path, stat.st_size, _sha256(path, stat.st_size, stat.st_mtime_ns), description)
-    except OSError:
-        return ModelRecord(path, description=description)
+    """The model as a report names it; of what is no file, only the path."""
+    with contextlib.suppress(OSError):
+        if Path(path).is_file():  # opening a FIFO would wait for ever
+            found = Path(path).stat()
+            digest = _sha256(path, found.st_size, found.st_mtime_ns)
+            return ModelRecord(path, found.st_size, digest, description)
+    return ModelRecord(path, description=description)
 
 
 @functools.lru_cache(maxsize=16)

@@ -17,9 +17,9 @@ from crumplezone.reports.runs import CaseRecord, Ending, News, RunRecord, groupe
 from crumplezone.reports.text import printable
 
 if TYPE_CHECKING:
-    from crumplezone.diagnostics.case import Case
     from crumplezone.diagnostics.ci import Watch
-    from crumplezone.diagnostics.matrix import Matrix
+
+_MAX_GROUPS = 64  # failures that the terminal is told of in the end; index.html has more
 
 
 def ci(
@@ -59,29 +59,29 @@ def ci(
     Exit codes: 0 as expected; 1 new failures; 2 bad usage or input; 3 the machine or a model failed, and
     nothing else is new; 130 interrupted (--resume goes on).
     """
+    import psutil
+
     from crumplezone.diagnostics import ci as diagnostic
     from crumplezone.diagnostics import matrix as matrices
+    from crumplezone.workers.model import embedded_model
 
     if update_baseline and baseline is None:
         raise InputError("--update-baseline", True, "needs --baseline FILE.json, the file that it writes")
-    chosen = matrices.choose(
-        _cases(matrices.read(matrix) if matrix else matrices.default(), model, jobs), only, shard
+    every = matrices.plan(
+        matrices.read(matrix) if matrix else matrices.default(), model or [embedded_model()]
     )
-    job = diagnostic.Job(chosen, out, baseline, update_baseline, shard, resume, jobs)
-    with _progress(len(chosen)) as watch:
-        run = diagnostic.run(job, watch)
+    chosen = matrices.choose(every, only, shard)
+    memory = psutil.virtual_memory().available // jobs
+    job = diagnostic.Job(chosen, out, baseline, update_baseline, shard, resume, jobs, memory)
+    try:
+        with _progress(len(chosen)) as watch:
+            run = diagnostic.run(job, watch)
+    except KeyboardInterrupt:  # before the first case, after the last, or while the results are written
+        _echo("crumplezone: interrupted; the same command with --resume goes on.", err=True)
+        raise typer.Exit(diagnostic.INTERRUPTED) from None
     _tell(run, out)
     _tell_github(run)
     raise typer.Exit(diagnostic.exit_code(run, update=update_baseline))
-
-
-def _cases(matrix: Matrix, models: list[Path] | None, jobs: int) -> list[Case]:
-    import psutil
-
-    from crumplezone.diagnostics.matrix import plan
-    from crumplezone.workers.model import embedded_model
-
-    return plan(matrix, models or [embedded_model()], psutil.virtual_memory().available // jobs)
 
 
 @contextlib.contextmanager
@@ -102,7 +102,9 @@ def _progress(total: int) -> Iterator[Watch]:
         task = progress.add_task("cases", total=total)
 
         def watch(case: CaseRecord) -> None:
-            if case.ending is not Ending.PASS or not console.is_terminal:
+            if not console.is_terminal:
+                _echo(_line(case), err=True)
+            elif case.ending is not Ending.PASS:
                 console.print(_line(case), markup=False)
             progress.advance(task)
 
@@ -112,37 +114,48 @@ def _progress(total: int) -> Iterator[Watch]:
 def _line(case: CaseRecord) -> str:
     """One case, in one line."""
     news = case.news.value if case.news in {News.NEW, News.KNOWN, News.FIXED} else ""
-    cause = case.signature.title if case.signature else case.detail
-    said = f"{case.ending.value:8} {news:5} {case.ms / 1000:5.1f} s  {case.id}{cause and f': {cause}'}"
+    cause = case.detail and f": {case.detail}"
+    said = f"{case.ending.value:8} {news:5} {case.ms / 1000:5.1f} s  {case.id}{cause}"
     return printable(said)
 
 
 def _tell(run: RunRecord, out: Path) -> None:
     """The judgement, each new failure and each fixed one, and where to read more."""
     lines = [summary.headline(run)]
-    for group in grouped(case for case in run.cases if case.news in {News.NEW, News.UNKNOWN}):
+    groups = grouped(case for case in run.cases if case.news in {News.NEW, News.UNKNOWN})
+    for group in groups[:_MAX_GROUPS]:
         first, more = group[0], f" and {len(group) - 1} more" if len(group) > 1 else ""
-        cause = first.signature.title if first.signature else first.detail
         report = f"; report {first.report}" if first.report else ""
         kind = "new" if first.news is News.NEW else "not known"
-        lines.append(f"{kind}: {first.ending.value}: {first.id}{more}: {cause}{report}")
-    lines += [f"fixed: {fixed.title}: {', '.join(fixed.cases)}" for fixed in run.fixed]
+        lines.append(f"{kind}: {first.ending.value}: {first.id}{more}: {first.detail}{report}")
+    lines += [f"and {len(groups) - _MAX_GROUPS} more"] if len(groups) > _MAX_GROUPS else []
+    lines += [f"fixed: {fixed.title}: {', '.join(fixed.cases)}" for fixed in run.fixed[:_MAX_GROUPS]]
     lines.append(f"results: {out}/index.html")
     if not run.complete:
         lines.append(
             f"{len(run.cases)} of {run.planned} cases are kept: the same command with --resume goes on"
         )
-    typer.echo("\n".join(map(printable, lines)))
+    _echo("\n".join(map(printable, lines)))
 
 
 def _tell_github(run: RunRecord) -> None:
     """Annotations on stdout, and the summary of the job, where GitHub asks for them."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        typer.echo("".join(f"{line}\n" for line in summary.annotations(run)), nl=False)
+        for line in summary.annotations(run):
+            _echo(line)
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(summary.render(run))
         except OSError as error:  # the run itself is not at fault
             said = f"GITHUB_STEP_SUMMARY {path} cannot be written: {error.strerror}"
-            typer.echo(printable(said), err=True)
+            _echo(printable(said), err=True)
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    """Say it. If nobody reads it any more, the run goes on, and its exit code stays what it is."""
+    try:
+        typer.echo(text, err=err)
+    except BrokenPipeError:  # what is still buffered must not fail again when the interpreter ends
+        with open(os.devnull, "w") as nobody:
+            os.dup2(nobody.fileno(), 2 if err else 1)
