@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from crumplezone.diagnostics.pytest_child import Birth, live
-from crumplezone.diagnostics.pytest_death import Phase, failed, left, story
+from crumplezone.diagnostics.pytest_death import Phase, failed, left, reported, story
 from crumplezone.diagnostics.pytest_log import Wire
 from crumplezone.diagnostics.pytest_notes import Ended, Left, Note, Notes, Reported, Warned
 from crumplezone.diagnostics.pytest_plugin import TIMEOUT
@@ -275,12 +275,25 @@ def _reports(item: pytest.Item, ran: _Ran) -> list[pytest.TestReport]:
         return [*ran.reports, _lost(item, ran, ran.incident)]
     if ran.end and ran.end.by == "error":
         return [*ran.reports, failed(item, "teardown", ran.end.why)]
+    if ran.end and not ran.end.by and not _is_whole(item, ran.reports):
+        return [*ran.reports, failed(item, "teardown", "its cell did not tell how all of it ended")]
     return ran.reports
+
+
+def _is_whole(item: pytest.Item, reports: list[pytest.TestReport]) -> bool:
+    """Whether there is a report of each phase: a test passes by what its cell tells, not by its silence."""
+    phases = {report.when: report for report in _phases(reports)}
+    called = "call" in phases or item.config.getoption("setuponly", False)
+    return "teardown" in phases and "setup" in phases and (called or not phases["setup"].passed)
+
+
+def _phases(reports: list[pytest.TestReport]) -> list[pytest.TestReport]:
+    return [report for report in reports if type(report) is pytest.TestReport]  # not those of subtests
 
 
 def _lost(item: pytest.Item, ran: _Ran, incident: Incident) -> pytest.TestReport:
     """The report of a test whose cell was lost, with all that it said until then."""
-    phases = [report for report in ran.reports if type(report) is pytest.TestReport]  # not those of subtests
+    phases = _phases(ran.reports)
     when: Phase = "teardown"
     if not phases:
         when = "setup"
@@ -304,5 +317,4 @@ def _tear_down_own(item: pytest.Item, nextitem: pytest.Item | None) -> None:
         return
     call = pytest.CallInfo.from_call(lambda: state.teardown_exact(nextitem), "teardown")
     if call.excinfo:
-        report = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logreport(report=reported(item, call))

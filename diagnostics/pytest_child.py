@@ -106,8 +106,12 @@ def live(item: pytest.Item, birth: Birth, notes: Notes, wire: Wire) -> NoReturn:
         status = 0
         marks.finished()
     except BaseException:  # noqa: BLE001 - whatever it is: nothing may return into the rest of pytest
-        notes.write(Ended("error", traceback.format_exc()))
-        status = 0
+        why = traceback.format_exc()
+        try:
+            notes.write(Ended("error", why))
+            status = 0
+        except OSError:  # the test has closed what is not its own
+            os.write(2, why.encode("utf-8", "backslashreplace"))
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
@@ -132,9 +136,11 @@ def _note_exits(notes: Notes) -> None:
     leave = os._exit
 
     def told(status: int) -> NoReturn:
-        stack = traceback.extract_stack(sys._getframe(1), limit=64)  # noqa: SLF001 - as traceback itself does
-        notes.write(Left([Frame(f.name, file=f.filename, line=f.lineno or 0) for f in reversed(stack)]))
-        leave(status)
+        try:
+            stack = traceback.extract_stack(sys._getframe(1), limit=64)  # noqa: SLF001 - as traceback itself does
+            notes.write(Left([Frame(f.name, file=f.filename, line=f.lineno or 0) for f in reversed(stack)]))
+        finally:  # whatever the test has done to descriptors and modules
+            leave(status)
 
     os._exit = told
 

@@ -127,9 +127,29 @@ def failed(
     call = pytest.CallInfo.from_call(fail, when)
     if began is not None:
         call.start, call.duration = began, time.time() - began
-    report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
+    report = reported(item, call)
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None:  # it names this file
         crash.path, crash.lineno = place or (str(item.path), (item.location[1] or 0) + 1)
         crash.message = what.partition("\n")[0]
     return report
+
+
+def reported(item: pytest.Item, call: pytest.CallInfo[None]) -> pytest.TestReport:
+    """The report of a call that this process has made of a test, whose setup only a cell has seen.
+
+    A plugin can want what that setup leaves: pytest-rerunfailures does, and hooks that ask for
+    ``item.funcargs``. They would end the session; without them it is still the report that pytest makes.
+    """
+    try:
+        report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
+    except Exception:  # noqa: BLE001 - whatever a plugin raises
+        manager = item.config.pluginmanager
+        others = [plugin for plugin in manager.get_plugins() if not _is_pytests(plugin)]
+        make = manager.subset_hook_caller("pytest_runtest_makereport", others)
+        report = make(item=item, call=call)
+    return report
+
+
+def _is_pytests(plugin: object) -> bool:
+    return str(getattr(plugin, "__name__", type(plugin).__module__)).startswith("_pytest.")

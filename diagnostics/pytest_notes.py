@@ -14,6 +14,9 @@ import msgspec
 
 from crumplezone.reports.schema import Frame
 
+# As they are before a test puts others in their place, and until it has taken them back.
+_dumps, _getpid, _write = json.dumps, os.getpid, os.write
+
 MAX_BYTES = 64 << 20
 """Of the notes of one test. Longer ones are not read."""
 
@@ -67,17 +70,15 @@ class Notes:
 
     def begin(self) -> None:
         """Let this process write, and none that it forks: such a one may come back through all of pytest."""
-        self._writer = os.getpid()
+        self._writer = _getpid()
 
     def write(self, note: Note) -> None:
         """Append a note, with strings in the place of what JSON has not."""
-        if os.getpid() == self._writer:
+        if _getpid() == self._writer:
             plain = msgspec.to_builtins(note, str_keys=True, enc_hook=str)
-            rest = memoryview(
-                json.dumps(plain).encode() + b"\n"
-            )  # unlike msgspec, with half of a surrogate pair
+            rest = memoryview(f"{_dumps(plain)}\n".encode())  # unlike msgspec, with half of a surrogate pair
             while rest:
-                rest = rest[os.write(self._fd, rest) :]
+                rest = rest[_write(self._fd, rest) :]
 
     def read(self) -> list[Note]:
         """What was written whole.

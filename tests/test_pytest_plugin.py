@@ -235,6 +235,16 @@ def test_expected_crashes_and_subtests(crumple: Run, store: Store) -> None:
         "-rA",
         conftest="""
 import os
+import pytest
+
+def pytest_runtest_setup(item): item.reported = []
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):  # as that of pytest-rerunfailures, it needs what a setup has left
+    report = yield
+    item.reported.append(report.when)
+    return report
+
 def pytest_runtest_logfinish(): seen.add(len(os.listdir("/proc/self/fd")))
 def pytest_terminal_summary(terminalreporter): terminalreporter.write_line(f"open descriptors: {seen}")
 seen = set()

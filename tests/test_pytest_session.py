@@ -100,7 +100,7 @@ def test_unknown(): pass
 
 def test_hangs():
     ctypes.CDLL(None).pause()
-@pytest.mark.timeout(0.5, func_only=True)
+@pytest.mark.timeout(0.1, func_only=True)
 def test_late():
     while True: pass
 @pytest.mark.timeout(50, method="thread")
@@ -118,7 +118,7 @@ def test_earlier():
             "*memory of @pytest.mark.crumple is 0: must be from 1 to 16777216 MiB",
             "*@pytest.mark.crumple is ?'time'?: takes timeout= (seconds) and memory= (MiB), by name",
             "hang in test_hangs (test_it.py) (it had not ended after 0.5 s); report: *",
-            "*Failed: Timeout (>0.5s) from pytest-timeout.",
+            "*Failed: Timeout (>0.1s) from pytest-timeout.",
             "hang in test_earlier (test_it.py) (it had not ended after 0.4 s); report: *",
         ]
     )
@@ -274,14 +274,31 @@ def test_floods():
 def test_shrinks():
     os.ftruncate(notes(), 0)
 
+def test_closes_all():
+    os.closerange(3, 5000)
+
+@pytest.fixture
+def takes_back():
+    yield
+    os.ftruncate(notes(), os.lseek(notes(), 0, os.SEEK_SET))
+
+def test_takes_back(takes_back): assert 0
+
+def test_has_another_os(monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(os, "write", None)
+    assert 0
+
 def test_other(): pass
 """,
     )
-    result.assert_outcomes(passed=1, errors=9)
+    result.assert_outcomes(passed=1, failed=2, errors=10)
     result.stdout.fnmatch_lines(
         [
             "the cell of this test told what cannot be used: a report of something else",
             "abort in test_lies_and_dies (test_it.py); report: *",
+            "its cell did not tell how all of it ended",
+            "OSError: * Bad file descriptor",
         ]
     )
     assert "INTERNALERROR" not in result.stdout.str()
