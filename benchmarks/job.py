@@ -136,7 +136,7 @@ def _measure(plan: Plan, case: Case, sides: dict[str, Side]) -> dict[str, list[f
     for name, side in sides.items():
         if name != "run":
             side(prompts(0, shared=case.shared)[: case.width or LOOP])  # warm up
-    box = plan.box(20, least=2)
+    box = plan.box(20)
     return dict(zip(sides, alternate([functools.partial(once, name) for name in sides], box), strict=True))
 
 

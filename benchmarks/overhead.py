@@ -10,8 +10,9 @@ import hashlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,19 +76,31 @@ class Pair:
 
         self.compare(1, 16, 1, Box(0, least=1))  # warm up
 
-    def compare(self, n_seq: int, n_tokens: int, calls: int, box: Box) -> tuple[list[float], list[float]]:
-        """Seconds of a call, median of each block: supervised and in-process.
+    def compare(
+        self, n_seq: int, n_tokens: int, calls: int, box: Box, *others: Callable[[], float]
+    ) -> list[list[float]]:
+        """Seconds of a call, median of each block: supervised, in-process, and what else takes its turn.
 
         Raises:
             ArithmeticError: The two sides computed something else.
         """
         shape = {"n_seq": n_seq, "n_tokens": n_tokens, "calls": calls}
-        ours, theirs = alternate(
-            [lambda: self.supervised.block(**shape), lambda: self.bare.ask("block", **shape)], box
-        )
-        if len({digest for _, digest in (*ours, *theirs)}) != 1:
+        digests: set[str] = set()
+
+        def block(side: Callable[..., tuple[list[float], str]]) -> float:
+            seconds, digest = side(**shape)
+            digests.add(digest)
+            return statistics.median(seconds)
+
+        sides: list[Callable[[], float]] = [
+            partial(block, self.supervised.block),
+            partial(block, partial(self.bare.ask, "block")),
+            *others,
+        ]
+        found = alternate(sides, box)
+        if len(digests) != 1:
             raise ArithmeticError(f"{n_seq} x {n_tokens} tokens: the two sides gave different logits")
-        return [statistics.median(s) for s, _ in ours], [statistics.median(s) for s, _ in theirs]
+        return found
 
 
 def rows(plan: Plan) -> Iterator[Yield]:

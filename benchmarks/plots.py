@@ -128,7 +128,7 @@ def _matrix(grid: Grid) -> Any:
     )
     for column, quant in enumerate(quants):
         mine = [entry for entry in grid.data if entry["quant"] == quant]
-        gains = _map(mine, lambda entry: entry["native"] / entry["sequential"])
+        gains = _map(mine, lambda entry: entry["gain"])
         costs = _map(mine, lambda entry: entry["ratio"])
         _heat(panels[0][column], gains, f"{quant}: batched / one at a time", "PRGn", 3.0)
         _heat(panels[1][column], costs, f"{quant}: supervised / native", "PuOr_r", 1.25)

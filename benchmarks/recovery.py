@@ -40,7 +40,7 @@ def rows(plan: Plan) -> Iterator[Yield]:
             sides[_SERVER] = _restarts(plan, stack)
         except PeerError as error:
             yield Row("recovery", _SERVER, None, "ms", note=str(error))
-        box = plan.box(20, least=3, most=10)
+        box = plan.box(60, least=3, most=30)
         found = dict(zip(sides, alternate(list(sides.values()), box), strict=True))
     data = {name: statistics.median(seconds) * 1000 for name, seconds in found.items()}
     for name, seconds in found.items():

@@ -66,17 +66,17 @@ class InProcess:
         return seconds, hashlib.sha256(rows.tobytes()).hexdigest()
 
     def sequential(self, n_seq: int, n_tokens: int, seconds: float) -> float:
-        """Tokens/s of the batch, one sequence at a time; as many of them as fit the time, one at least."""
+        """Seconds of the batch, one sequence at a time; from as many as fit the time, and one at least."""
         (tokens,) = Shape(n_seq, n_tokens, 1, self._n_vocab).calls_tokens()
         done, start = 0, time.perf_counter()
         for row in tokens:
             # Not the data: to zero the whole cache would count as decoding.
             C.llama_memory_clear(C.llama_get_memory(self._context), False)
             self._decode(row[None], 0)
-            done += n_tokens
+            done += 1
             if time.perf_counter() - start > seconds:
                 break
-        return done / (time.perf_counter() - start)
+        return (time.perf_counter() - start) / done * n_seq
 
     def _decode(self, tokens: npt.NDArray[np.int32], position: int) -> npt.NDArray[np.float32]:
         """Fill the batch, decode it, and copy the last row of each sequence."""

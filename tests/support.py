@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def descriptors(pid: int | None = None) -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # the listing's own
             names.append(re.sub(r"\[\d+\]", "", each.readlink().name))
     return sorted(names)
+
+
+def opened_since(before: list[str]) -> list[str]:
+    """What this process has open and had not before. What it had, an earlier test may be about to close."""
+    return sorted((Counter(descriptors()) - Counter(before)).elements())
 
 
 def read_all(store: Store) -> list[Report]:

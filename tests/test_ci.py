@@ -27,7 +27,7 @@ from crumplezone.reports import runs
 from crumplezone.reports.runs import CaseRecord, Ending, News, RunRecord, Shape
 from crumplezone.reports.store import Store
 from tests.poison import Poison
-from tests.support import Dose, descriptors, wait_for_end
+from tests.support import Dose, descriptors, opened_since, wait_for_end
 from tests.test_cli import COMMAND
 from tests.test_docs import ROOT
 
@@ -101,14 +101,15 @@ def test_every_case_is_run_once_and_every_record_reaches_the_log(tmp_path: Path,
         f"doing case {n}" for n in range(1, 10)
     ]
     assert {line.partition(" ")[0] for line in said} <= {"runner-1", "runner-2", "runner-3"}
-    assert descriptors() == before
+    assert opened_since(before) == []
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_runner_that_dies_costs_its_case(tmp_path: Path, log: Kept, jobs: int) -> None:
-    before = descriptors(), threading.active_count()
+    before, threads = descriptors(), set(threading.enumerate())
     found = {record.id: record for record in run_all(some(5), jobs, tmp_path, log, dies_at_two)}
-    assert (descriptors(), threading.active_count()) == before
+    assert opened_since(before) == []
+    assert set(threading.enumerate()) <= threads
     assert sorted(found) == [case.id for case in some(5)]
     lost = found.pop("case 2")
     assert lost.ending is Ending.ERROR

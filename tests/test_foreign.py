@@ -17,7 +17,7 @@ from crumplezone.errors import InputError
 from crumplezone.workers.columns import Columns
 from crumplezone.workers.foreign import MAX_TOKENS, read_llama_batch
 from crumplezone.workers.validate import Level
-from tests.support import descriptors
+from tests.support import descriptors, opened_since
 
 PAGE = mmap.PAGESIZE
 INT32 = ctypes.POINTER(ctypes.c_int32)
@@ -290,7 +290,7 @@ def test_no_descriptor_is_left() -> None:
     point(owner.batch, "pos", 1)
     with pytest.raises(InputError):
         read(owner.batch)
-    assert descriptors() == before
+    assert opened_since(before) == []
 
 
 def read_real_ones() -> None:

@@ -17,7 +17,7 @@ from crumplezone.reports.schema import Evidence, Exit
 from crumplezone.sandbox.cell import Incident
 from crumplezone.sandbox.guest import Guest
 from crumplezone.sandbox.launch import Child, Ends, Process, child_of, launch
-from tests.support import descriptors, wait_for_end
+from tests.support import descriptors, opened_since, wait_for_end
 
 Open = Callable[..., Guest]
 HELD = """
@@ -52,7 +52,7 @@ def run() -> Iterator[Open]:
     yield one
     while started:
         started.pop().close()
-    assert descriptors() == before
+    assert opened_since(before) == []
 
 
 def lost(guest: Guest, timeout: float | None = 30) -> Evidence:

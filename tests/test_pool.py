@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
 import numpy as np
@@ -282,13 +282,13 @@ def test_a_callback_that_wants_to_end_the_thread_ends_nothing(tiny: Path, make: 
 def test_an_error_comes_after_the_report_that_it_names(tiny: Path, make: Open, dose: Dose) -> None:
     decoder = make(tiny, 2)
     dose(Poison(token=int(decoder.tokenize("!")[1]), position=1))
-    seen: list[bool] = []
+    seen = Future[list[bool]]()  # the callbacks run while result() returns
     stream = make(tiny, 2).submit_prompt("!", max_tokens=2)
     stream.add_done_callback(
-        lambda done: seen.extend((Path(path) / "report.json").exists() for path in done.result().reports)
+        lambda done: seen.set_result([Path(path, "report.json").exists() for path in done.result().reports])
     )
     assert stream.result(60).error
-    assert seen == [True] * 3
+    assert seen.result(60) == [True] * 3
 
 
 def test_an_idle_cell_that_dies_costs_the_tokenizer_nothing(tiny: Path, make: Open) -> None:
