@@ -25,7 +25,7 @@ from crumplezone.sandbox.sigframe import SignalFrame, mend_null_call, read_signa
 from crumplezone.sandbox.stacks import take_stacks
 
 _STOP_DEADLINE = 2.0  # seconds
-_HEAD_START = 0.05  # seconds: the job that goes on has the processors first, the unwinder wants one for long
+_HEAD_START = 0.05  # seconds: the job that goes on has the processors first; what is stopped keeps
 _AT_REST = {"T", "t", "Z", "X"}  # stopped, stopped by a tracer, ended
 _MAY_LOOK = (
     "reading another process needs its user id and a dumpable target, or CAP_SYS_PTRACE (ptrace(2)); "
@@ -130,6 +130,8 @@ def _examine(death: Death, seen: _Seen, *, in_haste: bool) -> None:
     process = death.process
     if not (death.held or death.condemned):
         return
+    if not in_haste:
+        time.sleep(_HEAD_START)
     with _step(death, "stop"):
         _await_stop(process)
     if not process.ended:
@@ -212,7 +214,6 @@ def _look(death: Death, seen: _Seen) -> None:
 
 def _unwind(death: Death, seen: _Seen) -> None:
     pid = death.process.pid
-    time.sleep(_HEAD_START)
     if seen.frame:
         with _step(death, "call to nowhere", _MAY_LOOK) as detail:
             if mend_null_call(pid, seen.maps, seen.frame):
