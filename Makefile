@@ -8,14 +8,14 @@ run: .venv/.installed
 	$(BIN)/crumplezone demo
 
 test: .venv/.tested lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About an hour on an idle machine; BENCH=--quick takes three minutes. Results: benchmarks/results.
+# 70 minutes on an idle machine; BENCH=--quick takes three. Results: benchmarks/results.
 bench: .venv/.benched
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 

@@ -51,7 +51,9 @@ def all_structs() -> set[type[msgspec.Struct]]:
     return found
 
 
-@pytest.mark.parametrize("kind", all_structs(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", sorted(all_structs(), key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__
+)
 def test_every_field_of_the_schema_has_a_rule(kind: type[msgspec.Struct]) -> None:
     hints = typing.get_type_hints(kind)
     assert set(RULES[kind]) == set(hints), "decide in reports/redact.py what may be shown of a new field"
