@@ -188,6 +188,7 @@ def _serve(line: Connection, handler: logging.Handler, store: Path, parent: int,
     """A runner: cases come, records go, until there is None to do."""
     _die_with(parent)
     os.setpgid(0, 0)  # the terminal's ctrl-C is for the run to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as is its SIGTERM
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import resource
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import psutil
 
 from crumplezone.diagnostics.check import Check, State, in_words
 from crumplezone.errors import ReportError
 from crumplezone.reports.store import MAX_BYTES, default_directory
+from crumplezone.sandbox import cgroup
 from crumplezone.sandbox.pressure import HOST, oom_kills
 
-_CGROUPS = Path("/sys/fs/cgroup")
 # landlock_create_ruleset has this number on every machine; with this flag it returns the ABI (landlock(7)).
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_CREATE_RULESET_VERSION = 444, 1
-_UNLIMITED = 2**60  # version 1 of cgroups says LONG_MAX in pages
 _MEMORY_LEAST = 512 << 20  # bytes: a supervisor and three cells with a small model
 _THREADS_LEAST = 64  # a decoder has some ten of its own, and each cell as many as it has processors
 _DESCRIPTORS_LEAST = 64  # a cell takes nine in its supervisor
@@ -75,13 +73,8 @@ def memory() -> Check:
 def room() -> tuple[int, str]:
     """Bytes that may still be allocated, and who says so."""
     found = [(psutil.virtual_memory().available, "the machine")]
-    with contextlib.suppress(OSError):
-        for folder in _cgroups("memory"):
-            limit = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
-            used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
-            if limit is not None and used is not None and limit < _UNLIMITED:
-                left = max(limit - used + _reclaimable(folder), 0)
-                found.append((left, f"the memory cgroup {folder} with a limit of {in_words(limit)}"))
+    for left, limit, folder in cgroup.memory_limits():
+        found.append((left, f"the memory cgroup {folder} with a limit of {in_words(limit)}"))
     return min(found)
 
 
@@ -157,38 +150,7 @@ def _threads_left() -> Iterator[tuple[int, str]]:
         own = [each for each in everyone if each["uids"] and each["uids"].real == os.getuid()]
         used = sum(each["num_threads"] or 0 for each in own)
         yield max(soft - used, 0), f"ulimit -u of {soft:,}"
-    with contextlib.suppress(OSError):
-        for folder in _cgroups("pids"):
-            limit, used_here = _number(folder / "pids.max"), _number(folder / "pids.current")
-            if limit is not None and used_here is not None:
-                yield max(limit - used_here, 0), f"the pids cgroup {folder} with a limit of {limit:,}"
-
-
-def _cgroups(controller: str) -> list[Path]:
-    """The cgroup of this process and those above it, as far as they are visible (cgroups(7))."""
-    groups = dict(line.split(":", 2)[1:] for line in _lines("/proc/self/cgroup"))
-    base, own = _CGROUPS, groups.get("")  # version 2
-    for controllers, path in groups.items():
-        if controller in controllers.split(","):  # version 1
-            base, own = _CGROUPS / controller, path
-    place = PurePosixPath(own or "/")
-    folders = [base / str(each).lstrip("/") for each in (place, *place.parents)]
-    return [folder for folder in folders if folder.is_dir()]
-
-
-def _number(*paths: Path) -> int | None:
-    """What the first of these files says; None if there is none, or if it says "max"."""
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError):
-            return int(path.read_text())
-    return None
-
-
-def _reclaimable(folder: Path) -> int:
-    """Bytes of the page cache that count as used but are given back under pressure, as the kubelet counts."""
-    with contextlib.suppress(OSError):
-        for line in _lines(str(folder / "memory.stat")):
-            name, _, value = line.partition(" ")
-            if name in {"inactive_file", "total_inactive_file"} and value.isdigit():
-                return int(value)
-    return 0
+    for folder in cgroup.folders("pids"):
+        limit, used_here = cgroup.number(folder / "pids.max"), cgroup.number(folder / "pids.current")
+        if limit is not None and used_here is not None:
+            yield max(limit - used_here, 0), f"the pids cgroup {folder} with a limit of {limit:,}"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import psutil
 
 from crumplezone.diagnostics.recipe import read_recipe
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, ModelError
@@ -20,6 +19,7 @@ from crumplezone.reports import schema
 from crumplezone.reports.schema import BatchRecord, Evidence, Held, Outcome, Report, Signature, Verdict
 from crumplezone.reports.signature import sign
 from crumplezone.reports.verdict import verdict_after
+from crumplezone.sandbox.cgroup import available_memory
 from crumplezone.workers.calls import Ask, Limits, RefusedError
 from crumplezone.workers.columns import Columns
 from crumplezone.workers.embed_protocol import EmbedConfig
@@ -111,7 +111,7 @@ def replay(
 
 def new_runner(config: CellConfig, deadline: float | None) -> Runner | EmbedRunner:
     """A runner that keeps its crashes to itself and leaves this machine the memory that others use."""
-    limits = Limits(deadline, psutil.virtual_memory().available)
+    limits = Limits(deadline, available_memory())
     if isinstance(config, EmbedConfig):
         return EmbedRunner(config, limits, reporter=None)
     return Runner(config, limits, reporter=None)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
+from crumplezone.sandbox.cgroup import folders
+
 HOST = "/proc/vmstat oom_kill"
 
 
 def oom_kills() -> dict[str, int]:
     """How many processes the kernel has killed for memory, by counter.
 
-    The counter of our own cgroup (`memory.events` in version 2, `memory.oom_control` in version 1) counts
-    every OOM kill of a process in it; that of /proc/vmstat (Linux >= 4.13) counts those of the whole host.
-    What cannot be read is absent.
+    The counter of our own cgroup, or of what a container sees of it (`memory.events` in version 2,
+    `memory.oom_control` in version 1), counts every OOM kill of a process in it; that of /proc/vmstat
+    (Linux >= 4.13) counts those of the whole host. What cannot be read is absent.
     """
     found = {}
-    for path in _cgroup_files():
-        with contextlib.suppress(OSError, ValueError):
-            found[path.name] = _counter(path)
+    for folder in folders("memory")[:1]:
+        for name in ("memory.events", "memory.oom_control"):
+            with contextlib.suppress(OSError, ValueError):
+                found[name] = _counter(folder / name)
     with contextlib.suppress(OSError, ValueError):
         found[HOST] = _counter(Path("/proc/vmstat"))
     return found
@@ -32,21 +34,6 @@ def killed_for_memory(before: dict[str, int], after: dict[str, int]) -> str:
     """
     ours = [name for name in after if name != HOST] or [HOST]
     return next((name for name in ours if after.get(name, 0) > before.get(name, after.get(name, 0))), "")
-
-
-def _cgroup_files() -> list[Path]:
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    files = []
-    for line in lines:  # "4:memory:/path" in version 1, "0::/path" in version 2 (cgroups(7))
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            files.append(_CGROUPS / "memory" / path.lstrip("/") / "memory.oom_control")
-        elif not controllers:
-            files.append(_CGROUPS / path.lstrip("/") / "memory.events")
-    return files
 
 
 def _counter(path: Path) -> int:

@@ -382,13 +382,14 @@ def test_bad_usage_is_said_before_anything_runs(tmp_path: Path, tiny: Path) -> N
     assert not (tmp_path / "crumplezone-ci").exists()
 
 
-def test_interrupted_and_resumed(tmp_path: Path, tiny: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed(tmp_path: Path, tiny: Path, how: signal.Signals) -> None:
     (tmp_path / "m.toml").write_text('[[cases]]\npath = "decode"\ntokens = [1, 2, 3, 4, 5]\nn_threads = 1\n')
     arguments = [*COMMAND, "ci", "--matrix", "m.toml", "--model", str(tiny)]
     with subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith(b"pass")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert b"Traceback" not in stderr

@@ -18,6 +18,7 @@ import pytest
 
 from crumplezone.diagnostics import doctor, doctor_machine, doctor_model
 from crumplezone.diagnostics.check import Check, State, attempt
+from crumplezone.sandbox import cgroup
 from tests import refuse, support
 from tests.test_cli import crumplezone
 from tests.test_degraded import die_in_a_supervisor, small_cgroup  # noqa: F401 - a fixture
@@ -222,13 +223,14 @@ def test_the_memory_cgroup_counts(small_cgroup: Path) -> None:  # noqa: F811 - a
     left, who = in_cgroup(small_cgroup, "*machine.room()")
     assert 0 < int(left) <= 300 << 20
     assert small_cgroup.name in who
+    assert in_cgroup(small_cgroup, "machine.cgroup.available_memory() <= 300 << 20") == ["True"]
     state, found = in_cgroup(small_cgroup, "machine.memory().state, machine.memory().found")
     assert state == State.LACK
     assert small_cgroup.name in found
 
 
 def test_the_pids_cgroup_counts() -> None:
-    group = doctor_machine._cgroups("pids")[0] / f"crumplezone-test-{os.getpid()}"
+    group = cgroup.folders("pids")[0] / f"crumplezone-test-{os.getpid()}"
     try:
         group.mkdir()
         (group / "pids.max").write_text("40")

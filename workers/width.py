@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from crumplezone.errors import CellDied, CellRefused
 from crumplezone.reports.schema import Exit
 from crumplezone.sandbox.cell import Cell
+from crumplezone.sandbox.cgroup import available_memory
 from crumplezone.sandbox.zygote import Zygote
 from crumplezone.workers import width_cache
 from crumplezone.workers.calls import Limits
@@ -194,7 +194,7 @@ def _fitting(weighed: Weighed, n_ctx_seq: int, asked: _Question, contexts: int) 
     is made. What else it allocates depends on n_ubatch, not on the number of sequences.
     """
     per_sequence = weighed.first + weighed.more * n_ctx_seq
-    free = psutil.virtual_memory().available // contexts
+    free = available_memory() // contexts
     if asked.limits.memory is not None:  # resident memory, and the weights are in it
         free = min(free, max(0, asked.limits.memory - Path(asked.config.model).stat().st_size))
     return max(1, free // 2 // max(1, per_sequence))

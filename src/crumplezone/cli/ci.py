@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -59,10 +60,9 @@ def ci(
     Exit codes: 0 as expected; 1 new failures; 2 bad usage or input; 3 the machine or a model failed, and
     nothing else is new; 130 interrupted (--resume goes on).
     """
-    import psutil
-
     from crumplezone.diagnostics import ci as diagnostic
     from crumplezone.diagnostics import matrix as matrices
+    from crumplezone.sandbox.cgroup import available_memory
     from crumplezone.workers.model import embedded_model
 
     if update_baseline and baseline is None:
@@ -71,10 +71,10 @@ def ci(
         matrices.read(matrix) if matrix else matrices.default(), model or [embedded_model()]
     )
     chosen = matrices.choose(every, only, shard)
-    memory = psutil.virtual_memory().available // jobs
+    memory = available_memory() // jobs
     job = diagnostic.Job(chosen, out, baseline, update_baseline, shard, resume, jobs, memory)
     try:
-        with _progress(len(chosen)) as watch:
+        with _interrupted_by_sigterm(), _progress(len(chosen)) as watch:
             run = diagnostic.run(job, watch)
     except KeyboardInterrupt:  # before the first case, after the last, or while the results are written
         _echo("crumplezone: interrupted; the same command with --resume goes on.", err=True)
@@ -82,6 +82,16 @@ def ci(
     _tell(run, out)
     _tell_github(run)
     raise typer.Exit(diagnostic.exit_code(run, update=update_baseline))
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """By SIGTERM a CI system ends a job that takes too long; then it takes what lies there."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
