@@ -138,6 +138,6 @@ def write(path: Path, baseline: Baseline) -> None:
     path = Path(os.path.realpath(path))
     try:
         data = msgspec.json.format(msgspec.json.encode(baseline), indent=1) + b"\n"
-        files.replace(path.parent, path.name, data)
+        files.replace(path.parent, path.name, data, mode=0o666)
     except OSError as error:
         raise InputError("--baseline", str(path), f"cannot be written: {error.strerror}") from error

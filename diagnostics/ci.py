@@ -7,6 +7,7 @@ import datetime as dt
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def run(job: Job, watch: Watch) -> RunRecord:
     expected = baseline.read(job.baseline, missing_ok=job.update) if job.baseline else Baseline()
     if job.update and job.baseline:
         baseline.check_writable(job.baseline)
-    begun = RunRecord(_now(), len(job.cases), shard=job.shard, baseline=str(job.baseline or ""))
+    begun = RunRecord(_now(), len(job.cases), shard=job.shard, baseline=_text(job.baseline))
     output = Output(job.out, begun, digest(job), resume=job.resume)
     with contextlib.closing(output), _logged(output.log):
         begun = msgspec.structs.replace(begun, started_at=output.started_at)
@@ -178,6 +179,11 @@ def _logged(log: logging.Handler) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(log)
+
+
+def _text(path: Path | None) -> str:
+    """A path may be no UTF-8, but what names it must be."""
+    return os.fsencode(path).decode(errors="replace") if path else ""
 
 
 def _now() -> str:

@@ -25,6 +25,7 @@ _RENDERED = (RUN, "junit.xml", "results.sarif", SUMMARY, "index.html")
 _MAX_JOURNAL = 256 << 20
 _HEAD = b'{"plan":'
 _ANEW = "without --resume it starts anew"
+_READABLE = 0o666  # less the umask, as its other files: it holds no prompts
 _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no file elsewhere, and no FIFO that waits
 
 _log = logging.getLogger("crumplezone.ci")
@@ -118,7 +119,7 @@ class Output:
         )
         try:
             for name, data in zip(_RENDERED, rendered, strict=True):
-                files.replace(self.directory, name, data)
+                files.replace(self.directory, name, data, mode=_READABLE)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -156,7 +157,7 @@ class Output:
         if not self.done:
             os.ftruncate(self._fd, 0)
             self._append(_Header(plan, self.started_at))
-        files.replace(self.directory, RUN, runs.encode(start))
+        files.replace(self.directory, RUN, runs.encode(start), mode=_READABLE)
 
     def _unwritable(self, error: OSError) -> InputError:
         return self._refused(f"cannot be written: {error.strerror}; make room, or name another directory")

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,12 +86,14 @@ def _watch(command: Sequence[str], limits: Limits, reporter: Reporter) -> int | 
     with stdio_taken(), contextlib.ExitStack() as stack:
         copy = Copy()
         stack.callback(copy.close)
+        ignored = stack.enter_context(_children_kept())
         # Before there is any thread, for all of them inherit this; but not the program.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         lobby = Lobby(partial(_tell_of_child, reporter, command), limits.memory, copy.tail)
         stack.callback(lobby.close)
-        begin, env = partial(_begin, command, mask, copy, lobby), _environment(lobby.address)
+        restore = partial(_restore, mask, ignored)
+        begin, env = partial(_begin, command, restore, copy, lobby), _environment(lobby.address)
         guest = Guest(begin, env=env, memory_limit=limits.memory, stderr=copy.tail)
         stack.callback(guest.close)
         copy.begin()
@@ -119,16 +121,35 @@ def _environment(address: str) -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def _children_kept() -> Iterator[bool]:
+    """Have the program's status kept for us; yields whether SIGCHLD was ignored, which forbids it."""
+    ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield ignored
+    finally:
+        if ignored:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+def _restore(mask: set[Any], ignored: bool) -> None:
+    """In the program to be: signals as this process has inherited them."""
+    if ignored:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _begin(
-    command: Sequence[str], mask: set[Any], copy: Copy, lobby: Lobby, env: Mapping[str, str]
+    command: Sequence[str], restore: Callable[[], None], copy: Copy, lobby: Lobby, env: Mapping[str, str]
 ) -> Process:
     """Start it. It stays in our process group: its terminal shall treat it as it would without us."""
 
     def execute(_: Ends) -> Child:
-        unblock = partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         try:
             # preexec_fn is safe here: this process has one thread. close_fds would take what a shell gave it.
-            popen = subprocess.Popen(command, stderr=copy.end, env=env, preexec_fn=unblock, close_fds=False)
+            popen = subprocess.Popen(command, stderr=copy.end, env=env, preexec_fn=restore, close_fds=False)
         except OSError as error:
             if error.filename is None:  # no process could be had
                 raise

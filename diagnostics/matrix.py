@@ -157,7 +157,7 @@ def _checked(
     """Each key with its values, converted; what is wrong with them goes to the problems."""
     for key, given in table.items():
         if key not in keys:
-            problems.append(f"{where}{key} is no key (known are {', '.join(keys)})")
+            problems.append(f"{where}{key:.60} is no key (known are {', '.join(keys)})")
             continue
         values = given if lists and isinstance(given, list) else [given]
         try:
@@ -165,12 +165,19 @@ def _checked(
         except msgspec.ValidationError as error:
             known = get_args(keys[key]) if get_origin(keys[key]) is Literal else ()
             limit = f"must be {', '.join(known)}" if known else error
-            problems.append(f"{where}{key} is {given!r:.60}: {limit}")
+            problems.append(f"{where}{key} is {_shown(given)}: {limit}")
             continue
         if not converted:
             problems.append(f"{where}{key} is empty: give a value or a list of them")
         else:
             yield key, converted
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python writes no number of more than 4,300 digits, though it reads them as hex
+        return "a number of thousands of digits"
 
 
 def _product(case: dict[str, Any], where: str, problems: list[str], room: int) -> Iterator[Shape]:

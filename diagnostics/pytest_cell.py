@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -150,7 +151,8 @@ def _run_cell(item: pytest.Item, limits: _Limits) -> _Ran:
         wire = Wire(plugin.formatter if plugin else logging.Formatter(logging.BASIC_FORMAT))
         stack.callback(wire.close)
         ran = _Ran(_Said(config), wire)
-        guest = _start(item, limits, notes, ran)
+        ignored = stack.enter_context(_children_kept())
+        guest = _start(item, limits, notes, ran, ignored=ignored)
         stack.callback(guest.close)
         wire.leave_sending()
         outcome = guest.wait(limits.timeout)
@@ -170,7 +172,21 @@ def _run_cell(item: pytest.Item, limits: _Limits) -> _Ran:
         return ran
 
 
-def _start(item: pytest.Item, limits: _Limits, notes: Notes, ran: _Ran) -> Guest:
+@contextlib.contextmanager
+def _children_kept() -> Iterator[bool]:
+    """While a cell runs, have its status kept; yields whether SIGCHLD was ignored, which forbids it."""
+    ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    if not ignored or threading.current_thread() is not threading.main_thread():  # others cannot change it
+        yield False
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield True
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+def _start(item: pytest.Item, limits: _Limits, notes: Notes, ran: _Ran, *, ignored: bool) -> Guest:
     _flush(item.config)
     supervisor = os.getpid()
     # In the fork, what a signal's handler raises before it is a cell would be raised into the rest of pytest.
@@ -179,7 +195,7 @@ def _start(item: pytest.Item, limits: _Limits, notes: Notes, ran: _Ran) -> Guest
     try:
         guest = Guest(lambda _: launch(_fork), memory_limit=limits.memory, stderr=ran.said)
     except _Forked as forked:
-        birth = Birth(forked.ends, supervisor, mask)
+        birth = Birth(forked.ends, supervisor, mask, ignored)
     finally:
         if not birth:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -71,11 +71,17 @@ class _Scribe:
 
 
 class Birth(NamedTuple):
-    """What a fork needs to be a cell: its ends of the lines, its supervisor's process id and signal mask."""
+    """What a fork needs to be a cell: its ends of the lines, its supervisor's process id and signals.
+
+    Attributes:
+        mask: Those that were blocked.
+        ignored: Whether SIGCHLD was ignored, as the test is to find it.
+    """
 
     ends: Ends
     supervisor: int
     mask: set[int | signal.Signals]
+    ignored: bool
 
 
 def live(item: pytest.Item, birth: Birth, notes: Notes, wire: Wire) -> NoReturn:
@@ -101,6 +107,8 @@ def live(item: pytest.Item, birth: Birth, notes: Notes, wire: Wire) -> NoReturn:
             inherited.disown(item.session)
         item.config.pluginmanager.register(_Scribe(item.config, notes))
         _note_exits(notes)
+        if birth.ignored:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, birth.mask)
         _perform(item, notes)
         status = 0

@@ -64,13 +64,14 @@ def story(item: pytest.Item, incident: Incident, logged: list[str]) -> tuple[str
     known.set_result(evidence)
     command = ["pytest", "--crumple", item.nodeid]
     written = _file(item.config, Incident(incident.phase, incident.crashed_at, known, []), command)
+    report = Report(Path(written).name, incident.crashed_at.isoformat(), evidence, command=command)
+    headline = sign(report).title  # of all of it: it is to be found under this in the store
     path = str(item.path)
     threads = [_innermost(thread, path) for thread in evidence.threads]
-    evidence = msgspec.structs.replace(evidence, threads=threads)
-    report = Report(Path(written).name, incident.crashed_at.isoformat(), evidence, command=command)
+    report = msgspec.structs.replace(report, evidence=msgspec.structs.replace(evidence, threads=threads))
     found = dict(sections(report))
     detail = f" ({evidence.detail})" if evidence.detail else ""
-    lines = [f"{sign(report).title}{detail}; {written}"]
+    lines = [f"{headline}{detail}; {written}"]
     for title in _SHOWN:
         lines += ["", f"{title}:", *(found[title] or ["(not recorded)"])]
     thread = crashed_thread(report)

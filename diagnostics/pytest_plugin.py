@@ -14,6 +14,8 @@ import pytest
 TIMEOUT = pytest.StashKey[float]()
 """Of an item: the limit that pytest-timeout has for it, seconds."""
 
+_NO_DEBUGGER = "--pdb and --trace need the terminal"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--crumple``."""
@@ -25,12 +27,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker."""
+    """Declare the marker; refuse what `--crumple` cannot do, before pytest-xdist starts its workers.
+
+    Raises:
+        pytest.UsageError: A debugger was asked for.
+    """
     config.addinivalue_line(
         "markers",
         "crumple(timeout=None, memory=None): run the test in a forked cell of its own, for so many seconds, "
         "with so many MiB of resident memory.",
     )
+    option = config.getoption
+    if option("crumple") and _wants_debugger(config) and not option("collectonly"):
+        raise pytest.UsageError(
+            f"{_NO_DEBUGGER}, and --crumple runs all tests in cells, which have none: leave it out"
+        )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -43,10 +54,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     chosen = sum(map(_crumpled, session.items))
     if not chosen or option("collectonly"):
         return
-    if option("usepdb", False) or option("trace", False):
+    if _wants_debugger(session.config):
         raise pytest.UsageError(
-            f"--pdb and --trace need the terminal, and {chosen} of these tests run in cells, which have "
-            'none: leave out --crumple, and deselect what is marked (-m "not crumple")'
+            f"{_NO_DEBUGGER}, and {chosen} of these tests run in cells, which have none: deselect what is "
+            'marked (-m "not crumple")'
         )
     if sys.platform != "linux":
         raise pytest.UsageError(f"{chosen} of these tests run in cells, which need Linux")
@@ -74,6 +85,10 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
         return None
     item.stash[TIMEOUT] = settings.timeout
     return True
+
+
+def _wants_debugger(config: pytest.Config) -> bool:
+    return bool(config.getoption("usepdb", False) or config.getoption("trace", False))
 
 
 def _crumpled(item: pytest.Item) -> bool:

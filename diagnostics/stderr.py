@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import subprocess
 import termios
 from threading import Thread
 
@@ -46,7 +47,7 @@ class Copy:
                 termios.tcsetwinsize(self._source, termios.tcgetwinsize(_STDERR))
 
     def close(self) -> None:
-        """The program has ended: hand on what it has written, but not what outlives it still writes."""
+        """The program has ended: hand on what it has written; `cat` does so for what outlives it."""
         self._close_end()
         if self._thread.ident:
             os.eventfd_write(self._stop, 1)
@@ -71,12 +72,30 @@ class Copy:
         left = _PIPE
         while left > 0:
             ready = dict(poller.poll())
-            data = self._read() if self._source in ready else b""
-            if not data or not self._hand_on(data):
+            if self._source not in ready:
                 break
+            data = self._read()
+            if not data or not self._hand_on(data):
+                self._close_source()  # who writes to it now shall find out
+                return
             if self._stop in ready:
                 left -= len(data)
-        self._close_source()  # who writes to it now shall find out
+        self._leave()
+        self._close_source()
+
+    def _leave(self) -> None:
+        """Somebody still has the program's end, and may write to it when this process is no more."""
+        with contextlib.suppress(OSError):  # no cat, or no process: it will find nobody
+            # With the signals of this thread blocked it ends when the last writer does: ctrl-C may end it
+            # no sooner, for shells have their background jobs ignore that.
+            cat = subprocess.Popen(
+                ["cat"],  # noqa: S607 - wherever it is
+                stdin=self._source,
+                stdout=_STDERR,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+            )
+            cat.returncode = 0  # nobody waits for it: no warning of that
 
     def _read(self) -> bytes:
         try:

@@ -47,7 +47,9 @@ def read(name: str | Path, limit: int, folder: int | None = None) -> tuple[bytes
         os.close(descriptor)
 
 
-def replace(directory: Path, name: str, data: bytes, folder: int | None = None) -> os.stat_result:
+def replace(
+    directory: Path, name: str, data: bytes, folder: int | None = None, mode: int = 0o600
+) -> os.stat_result:
     """Write a file and put it in the place of another by one rename.
 
     Args:
@@ -55,6 +57,7 @@ def replace(directory: Path, name: str, data: bytes, folder: int | None = None) 
         name: Its name in the store, or in ``folder`` if that is given.
         data: All of its content.
         folder: An open directory on the same file system.
+        mode: Who may read it, less the umask. Reports may hold secrets, so by default nobody else.
 
     Returns:
         The state of the new file.
@@ -64,7 +67,7 @@ def replace(directory: Path, name: str, data: bytes, folder: int | None = None) 
     """
     fresh = temporary(directory, name)
     try:
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()

@@ -103,6 +103,7 @@ def is_runtime(frame: Frame) -> bool:
         not found
         or bool(_RUNTIME_SYMBOL.fullmatch(found))
         or bool(_RUNTIME_MODULE.fullmatch(module_name(frame.module)))
+        or "/lib-dynload/" in frame.module  # the extension modules of CPython's own library
     )
 
 

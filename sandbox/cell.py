@@ -38,6 +38,7 @@ from crumplezone.sandbox.launch import Process, spawn
 from crumplezone.sandbox.pressure import oom_kills
 
 _CLOSE_GRACE_MS = 500
+_POLL_MAX = 86400.0  # seconds: a poll takes no more milliseconds than an int holds
 _CLOSED = "this cell was closed by another thread in the middle of a call"
 _T = TypeVar("_T", bound=msgspec.Struct)
 
@@ -242,7 +243,7 @@ class Cell:
         sock, fault = self._process.lines.sock.fileno(), self._process.lines.fault_fd
         end = None if deadline is None else time.monotonic() + deadline
         while True:
-            left = None if end is None else max(end - time.monotonic(), 0.0) * 1000
+            left = None if end is None else min(max(end - time.monotonic(), 0.0), _POLL_MAX) * 1000
             ready = dict(self._poller.poll(left))
             if ready.get(sock, 0) & select.POLLIN:
                 try:

@@ -23,6 +23,7 @@ from crumplezone.sandbox.pressure import oom_kills
 from crumplezone.sandbox.release import parked
 
 _LOOK = 1.0  # seconds between looks at a process that cannot call
+_POLL_MAX = 86400.0  # seconds: a poll takes no more milliseconds than an int holds
 _PHASE = "run"
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
 # Which no program asks for itself. Others, such as SIGTERM, SIGINT and SIGPIPE, are how programs are ended.
@@ -53,11 +54,12 @@ class _Events:
         """The next of them, or None if nothing has happened yet.
 
         Args:
-            seconds: To wait at most; fewer if it closed its end of the fault pipe. A fault then parks it
-                unheard, or another program (execve) has the lines by now: it is looked at now and then.
+            seconds: To wait at most, or a day; fewer if it closed its end of the fault pipe. A fault then
+                parks it unheard, or another program (execve) has the lines by now: it is looked at now and
+                then.
         """
-        seconds = max(seconds if self._can_call else min(seconds, _LOOK), 0.0)
-        ready = dict(self._poller.poll(None if seconds == math.inf else seconds * 1000))
+        seconds = max(min(seconds, _POLL_MAX if self._can_call else _LOOK), 0.0)
+        ready = dict(self._poller.poll(seconds * 1000))
         if self._wake in ready:
             return _Event.CLOSED
         if ready.get(self._fault, 0) & select.POLLIN:

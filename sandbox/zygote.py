@@ -27,6 +27,7 @@ from crumplezone.sandbox.nursery import Fork, Forked, NurseryConfig, Reap, Reape
 from crumplezone.sandbox.procfs import stat_fields
 
 _DEADLINE = 10.0  # seconds for one request: a fork copies page tables, some milliseconds for each GiB
+_PATIENCE = 0.5  # seconds for a request that is under way when it is to be closed
 _DEATHS_MAX = 3  # in a row, with no fork between them
 
 _log = logging.getLogger(__name__)
@@ -91,21 +92,22 @@ class Zygote:
         Raises:
             CellRefused, CellDied, OSError, UsageError: As `start`.
         """
-        while True:
+        for _ in range(_DEATHS_MAX):  # of this caller's own: what others fork sets theirs back
             with self._lock:
                 line = self._ready()
             if line is None:
-                return spawn(env)
+                break
             try:
                 process = line.fork(env)
-            except CellDied:  # it is reported, and the next one tries
+            except (CellDied, _DeadError):  # it is reported, and the next one tries
                 continue
             except CellRefused as refused:
                 _log.warning("a cell is spawned, not forked: %s: %s", refused.kind, refused)
                 self._barren |= refused.kind == UnforkableError.__name__
-                return spawn(env)
+                break
             self._deaths = 0
             return process
+        return spawn(env)
 
     def watch(self) -> list[int]:
         """Have it running; new descriptors, one of which is readable once it is dead.
@@ -117,10 +119,17 @@ class Zygote:
             line = self._ready()
             return line.cell.watch() if line else []
 
-    def close(self) -> None:
-        """End it, even while it starts. Its cells live on. Idempotent."""
+    def stop(self) -> None:
+        """Fork no more, and have who waits for a fork go on. Cells are reaped until `close`. Idempotent."""
         self._closed = True
         self._starter.stop()
+        line = self._line  # without the lock: who starts one holds it, until that was killed just now
+        if line:
+            line.hurry()
+
+    def close(self) -> None:
+        """End it, even while it starts, or does not answer. Its cells live on. Idempotent."""
+        self.stop()
         with self._lock:
             if self._line:
                 self._line.close()
@@ -140,8 +149,14 @@ class Zygote:
 
     def _started(self) -> _Line | None:
         env = environment(self._spec.env)
+        started: list[Process] = []
+
+        def start(extra: Mapping[str, str]) -> Process:
+            started.append(self._starter(extra))
+            return started[0]
+
         try:
-            cell = Cell(self._spec, self._starter)
+            cell = Cell(self._spec, start)
         except CellRefused as refused:
             if refused.kind != UnforkableError.__name__:
                 raise
@@ -154,7 +169,11 @@ class Zygote:
             raise
         finally:
             self._starter.ready()
-        return _Line(cell, env, self._on_death)
+        return _Line(cell, started[0], env, self._on_death)
+
+
+class _DeadError(Exception):
+    """A zygote has died, and somebody else has told of it."""
 
 
 class _Line:
@@ -162,15 +181,18 @@ class _Line:
 
     Args:
         cell: That is the zygote.
+        process: The cell's.
         env: The environment it was started with.
         on_death: Called once with the incident of its death.
     """
 
-    def __init__(self, cell: Cell, env: Mapping[str, str], on_death: Callable[[Incident], None]) -> None:
-        self.cell = cell
+    def __init__(
+        self, cell: Cell, process: Process, env: Mapping[str, str], on_death: Callable[[Incident], None]
+    ) -> None:
+        self.cell, self._process = cell, process
         self._env, self._on_death = env, on_death
         self._lock = threading.RLock()
-        self._talking = False
+        self._talking = self._stopped = self._killed = False
         self._living: set[int] = set()
         self._left: list[int] = []  # to be reaped with the next request
 
@@ -178,8 +200,17 @@ class _Line:
         """Whether it does; if not, that has been told."""
         with self._lock:
             if died := self.cell.died_idle():
-                self._on_death(died.incident)
+                self._tell(died)
             return self.cell.alive
+
+    def hurry(self) -> None:
+        """Fork no more; a request that is under way ends soon, be it with the zygote's death."""
+        self._stopped = True
+        if self._lock.acquire(timeout=_PATIENCE):
+            self._lock.release()
+        else:
+            self._killed = True
+            self._process.signal(signal.SIGKILL)  # that ends one that is stopped, too
 
     def close(self) -> None:
         """End it."""
@@ -193,6 +224,7 @@ class _Line:
             CellRefused: It cannot fork.
             CellDied: It died, or what it answered cannot be; it is told.
             OSError: There is no descriptor left.
+            _DeadError: Its death is told already, or it is to fork no more.
         """
         return launch(functools.partial(self._fork, environment(env)))
 
@@ -200,6 +232,8 @@ class _Line:
         changed = {os.fsencode(k): os.fsencode(v) for k, v in env.items() if self._env.get(k) != v}
         request = Fork(changed, [os.fsencode(name) for name in self._env if name not in env])
         with self._lock:
+            if self._stopped:
+                raise _DeadError
             pid = self._call(request, Forked, ends).pid
             pidfd = self._opened(pid)
             self._living.add(pid)
@@ -223,8 +257,14 @@ class _Line:
         died = self.cell.condemn(
             Exit.PROTOCOL, f"the zygote says that it forked {pid}, which is no new child"
         )
-        self._on_death(died.incident)
+        self._tell(died)
         return died
+
+    def _tell(self, died: CellDied) -> None:
+        if self._killed:
+            died.incident.evidence.result()  # killed by `hurry`, which is no crash: it is reaped now
+        else:
+            self._on_death(died.incident)
 
     def _reap(self, pid: int, pidfd: int) -> int | None:
         with self._lock:
@@ -234,7 +274,7 @@ class _Line:
                 return None
             try:
                 return self._call(Reap(pid), Reaped).returncode
-            except (CellDied, CellRefused, UsageError):
+            except (CellDied, CellRefused, UsageError, _DeadError):
                 return reap_own(pidfd)  # ours only if orphans come to this process: in a container, its first
 
     def _call(self, request: msgspec.Struct, reply: type[_T], fds: Sequence[int] = ()) -> _T:
@@ -243,13 +283,15 @@ class _Line:
             try:
                 if died := self.cell.died_idle():
                     raise died
+                if not self.cell.alive:
+                    raise _DeadError
                 left, self._left = self._left, []
                 for pid in left:
                     if self.cell.call(Reap(pid), Reaped, _DEADLINE).returncode is None:
                         self._left.append(pid)
                 return self.cell.call(request, reply, _DEADLINE, fds=fds)
             except CellDied as died:
-                self._on_death(died.incident)
+                self._tell(died)
                 raise
             finally:
                 self._talking = False

@@ -251,6 +251,12 @@ def test_nothing_is_left_behind() -> None:
     assert psutil.Process().children(recursive=True) == []
 
 
+def test_a_deadline_may_be_long() -> None:
+    cell = Cell(spec())
+    assert [cell.call(Stunt("echo", 5), Echo, deadline).amount for deadline in (3e6, 1e300)] == [5, 5]
+    cell.close()
+
+
 def test_info_is_typed() -> None:
     cell = Cell(spec())
     assert cell.info(Info).pid == cell.pid

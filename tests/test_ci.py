@@ -357,6 +357,20 @@ def test_the_command_tells_github(tmp_path: Path, tiny: Path) -> None:
     assert re.search(r"^crash +new .* tiny encode 1x4", done.stderr, re.MULTILINE)
 
 
+def test_results_may_be_read_by_all_that_the_umask_lets(tmp_path: Path, tiny: Path) -> None:
+    os.mkfifo(tmp_path / "step.md")
+    (tmp_path / "m.toml").write_text("[[cases]]\n")
+    baseline = os.fsdecode(b"\xff.json")  # no UTF-8
+    given = ("--matrix", "m.toml", "--model", tiny, "--baseline", baseline, "--update-baseline")
+    done = command(tmp_path, *given, GITHUB_STEP_SUMMARY=str(tmp_path / "step.md"))
+    assert done.returncode == 0, done.stderr
+    assert "step.md cannot be written: " in done.stderr  # nobody reads the pipe, and nobody waits for that
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in (tmp_path / baseline, *(tmp_path / "crumplezone-ci").glob("*.*")):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file
+
+
 def test_nobody_reads_what_it_says(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "m.toml").write_text("[[cases]]\ntokens = [1, 2]\n")
     read, write = os.pipe()

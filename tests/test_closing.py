@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from crumplezone import Batch, Decoder, Llama
 from crumplezone.errors import InputError, ModelError, UsageError
-from tests.support import Open
+from tests.support import Open, kill
 
 
 def ask_while(close: Callable[[], None], call: Callable[[], object]) -> BaseException | None:
@@ -76,6 +77,26 @@ def test_a_missing_model_is_the_original_error_too(tmp_path: Path) -> None:
 def test_wrong_types_are_named(field: str, call: Callable[[Decoder], object], tiny: Path, make: Open) -> None:
     with pytest.raises(InputError, match=field):
         call(make(tiny, 1))
+
+
+def test_a_decoder_is_closed_while_a_stopped_zygote_is_to_fork(tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 1, spares=0)
+    next(decoder.generate(["a"], max_tokens=1))
+    processes = decoder.processes
+    os.kill(processes["zygote"][0], signal.SIGSTOP)
+    for pid in processes["lanes"]:
+        kill(pid)
+    waiting = decoder.submit_prompt("abc", max_tokens=2)
+    zygote = decoder._cells.zygote
+    assert zygote is not None
+    assert zygote._line is not None
+    while not zygote._line._talking:
+        os.sched_yield()
+    before = time.monotonic()
+    decoder.close()
+    assert time.monotonic() - before < 5  # a fork may take 10 seconds
+    with pytest.raises(UsageError, match="this decoder was closed"):
+        waiting.result(0)
 
 
 @pytest.mark.parametrize("disturb", ["kill", "resize", "encode"])

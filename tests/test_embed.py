@@ -169,6 +169,7 @@ def test_what_is_no_text(tiny: Path, tmp_path: Path, make_embedder: Make) -> Non
     for texts, problem in [
         ("abc", "texts is 'abc'"),
         (b"abc", "texts is b'abc'"),
+        (5, "texts is 5: must be a list of texts, or another iterable"),
         (["a", 5], r"texts\[1\] is 5: must be a str"),
         (["a", "b" * 1024], r"number of tokens of texts\[1\] is 1025: must be from 1 to 1024"),
         (["a", "b" * (2**24 + 1)], r"bytes of texts\[1\] is 16777217"),
@@ -214,6 +215,8 @@ def test_cells_are_forked(tiny: Path, reporter: Reporter, dose: Dose) -> None:
             assert psutil.Process(forked.pid).ppid() == zygote.pid
             assert list(embed(forked, [*FEW, "xyz"]).errors) == [5]
             np.testing.assert_array_equal(embed(forked, FEW).vectors, before)
+            assert forked._runner._source._supply.stocked(30)
+            assert [psutil.Process(pid).ppid() for pid in forked.spare_pids] == [zygote.pid]
 
 
 # --- which texts go together

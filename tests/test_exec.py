@@ -147,7 +147,7 @@ def test_on_a_terminal_it_is_on_a_terminal_and_one_ctrl_c_is_one(store: Store) -
 
 
 def read_until(fd: int, end: bytes) -> bytes:
-    """What a terminal shows until there is such a text; all of it, if that is empty."""
+    """What a terminal shows, or a pipe brings, until there is such a text; all of it, if that is empty."""
     text = b""
     while not end or end not in text:
         assert select.select([fd], [], [], 30)[0], text
@@ -155,19 +155,90 @@ def read_until(fd: int, end: bytes) -> bytes:
             data = os.read(fd, 4096)
         except OSError:  # nobody has the terminal open any more
             return text
+        if not data:  # nor the pipe
+            return text
         text += data
     return text
 
 
-def test_what_it_leaves_running_runs_on(store: Store) -> None:
-    code = "import os, sys; child = os.fork(); child or os.read(0, 1); child and print(child, flush=True)"
-    command = [*EXEC, "--reports", str(store.directory), "--", PYTHON, "-c", code]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+LEAVES = """
+import os
+if child := os.fork():
+    os.write(1, b"%d\\n" % child)
+else:
+    os.read(0, 1)
+    os.write(2, b"late\\n" * 30_000)  # more than a pipe holds
+    os.write(2, b"end\\n")
+"""
+
+
+@pytest.mark.parametrize("stderr", ["pipe", "terminal"])
+def test_what_it_leaves_running_runs_on_and_is_heard(store: Store, stderr: str) -> None:
+    ours, its = os.pipe() if stderr == "pipe" else pty.openpty()
+    command = [*EXEC, "--reports", str(store.directory), "--", PYTHON, "-c", LEAVES]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=its, start_new_session=True
+    ) as process:
+        os.close(its)
         assert process.stdout is not None
+        assert process.stdin is not None
         child = int(process.stdout.readline())
         assert process.wait(30) == 0
         assert not wait_for_end(child, 0)
-    assert wait_for_end(child)  # its input has ended
+        process.stdin.close()
+        said = read_until(ours, b"")
+    os.close(ours)
+    assert said.replace(b"\r", b"") == b"late\n" * 30_000 + b"end\n"
+    assert wait_for_end(child)
+
+
+def test_what_it_leaves_running_finds_out_that_nobody_hears_it(store: Store) -> None:
+    code = LEAVES.replace("* 30_000", "* 300_000")
+    command = [*EXEC, "--reports", str(store.directory), "--", PYTHON, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        child = int(process.stdout.readline())
+        assert process.wait(30) == 0
+        process.stderr.close()
+    assert wait_for_end(child)
+
+
+CHILDLESS = """
+import signal, subprocess, sys
+subprocess.run(["true"])  # nobody keeps its status
+print(signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN)
+sys.exit(3)
+"""
+
+
+def test_a_program_whose_parent_ignores_its_children_is_not_lost(store: Store) -> None:
+    command = [*EXEC, "--reports", str(store.directory), "--", PYTHON, "-c", CHILDLESS]
+    done = plain(["bash", "-c", "trap '' CHLD; exec \"$@\"", "bash", *command])
+    assert (done.returncode, done.stdout, done.stderr) == (3, "True\n", "")
+    assert store.rows() == []
+
+
+def test_the_other_commands_have_their_children_kept() -> None:
+    code = """
+import signal, sys
+from crumplezone.cli.app import main
+try:
+    main()
+finally:
+    print(signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL)
+"""
+    ignoring = ["bash", "-c", "trap '' CHLD; exec \"$@\"", "bash"]
+    done = plain([*ignoring, PYTHON, "-c", code, "triage", "list", "--reports", "no-such-store"])
+    assert done.stdout.splitlines()[-1] == "True"
+
+
+@pytest.mark.parametrize("timeout", ["3e6", "1e300", "inf"])
+def test_a_timeout_may_be_long(store: Store, timeout: str) -> None:
+    done = armed(store, [PYTHON, "-c", "raise SystemExit(3)"], "--timeout", timeout)
+    assert (done.returncode, done.stderr) == (3, "")
 
 
 def test_it_dies_with_its_supervisor(store: Store) -> None:
@@ -281,6 +352,7 @@ def test_a_python_that_cannot_be_armed_is_said(store: Store) -> None:
         (["--", "no-such-program"], "no-such-program"),
         (["--", "/etc/passwd"], "Permission denied"),
         (["--timeout", "0", "--", "true"], "--timeout"),
+        (["--timeout", "nan", "--", "true"], "--timeout"),
         ([], "PROGRAM"),
     ],
 )

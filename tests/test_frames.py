@@ -7,6 +7,8 @@ import pytest
 from crumplezone.reports import frames
 from crumplezone.reports.schema import Frame
 
+DYNLOAD = "/usr/lib/python3.11/lib-dynload"
+
 
 @pytest.mark.parametrize(
     ("symbol", "name"),
@@ -49,3 +51,14 @@ def test_a_name_is_that_of_the_source(symbol: str, name: str) -> None:
 )
 def test_a_module_is_named_alike_in_every_build(module: str, name: str) -> None:
     assert frames.module_name(module) == name
+
+
+@pytest.mark.parametrize(
+    ("module", "runtime"),
+    [
+        (f"{DYNLOAD}/_json.cpython-311-x86_64-linux-gnu.so", True),
+        ("/site-packages/mine/_json.cpython-311-x86_64-linux-gnu.so", False),
+    ],
+)
+def test_extension_modules_of_cpython_itself_tell_nothing(module: str, runtime: bool) -> None:
+    assert frames.is_runtime(Frame(symbol="encoder_listencode_obj", module=module)) == runtime

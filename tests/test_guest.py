@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -60,6 +61,10 @@ def lost(guest: Guest, timeout: float | None = 30) -> Evidence:
     assert isinstance(outcome, Incident)
     assert guest.wait() is outcome
     return outcome.evidence.result(30)
+
+
+def test_a_timeout_of_any_length_is_one(run: Open) -> None:
+    assert [run("import sys; sys.exit(3)").wait(timeout) for timeout in (3e6, 1e300, math.inf)] == [3] * 3
 
 
 @pytest.mark.parametrize(("code", "status"), [("0", 0), ("import sys; sys.exit(3)", 3)])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,7 +16,9 @@ from crumplezone import Batch, Completion, Decoder, Rung
 from crumplezone.errors import BatchError, CrumplezoneError, ModelError, SequenceError
 from crumplezone.reports.schema import Exit
 from crumplezone.reports.store import Store
-from tests.poison import Poison
+from crumplezone.workers.protocol import Request
+from crumplezone.workers.safe import KILLS_MAX
+from tests.poison import Poison, PoisonCell
 from tests.support import Dose, Open, assert_equal_logits, kill, outcome, reports_of
 
 BATCH = Batch.of([[4, 5, 6], [7, 8]])
@@ -134,3 +138,54 @@ def test_a_machine_without_descriptors(tiny: Path, make: Open) -> None:
     again = decoder.decode(BATCH)
     assert again.rung(0) == Rung.NATIVE
     np.testing.assert_array_equal(again.logits(0), reference.logits(0))
+
+
+DEATHS = "CRUMPLEZONE_TEST_DEATHS"
+
+
+class Mortal(PoisonCell):
+    """Killed, as by somebody else, at some requests: a file has their kind, and how many are left."""
+
+    def handle(self, request: Request) -> msgspec.Struct:
+        file = Path(os.environ[DEATHS])
+        kind, left = file.read_text().split()
+        if type(request).__name__ == kind and int(left):
+            file.write_text(f"{kind} {int(left) - 1}")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().handle(request)
+
+
+@pytest.fixture
+def deadly(dose: Dose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that says at which requests the next cells are killed."""
+    dose(Poison(token=10**9), "tests.test_lost_cell:Mortal")
+    file = tmp_path / "deaths"
+    file.write_text("None 0")
+    monkeypatch.setenv(DEATHS, str(file))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["Tokenize", "Generate"])
+def test_cells_that_are_killed_one_after_the_other_cost_no_prompt(
+    kind: str, tiny: Path, make: Open, deadly: Path
+) -> None:
+    decoder = make(tiny, 1)
+    (undisturbed,) = decoder.generate(["abc"], max_tokens=4)
+    deadly.write_text(f"{kind} 6")
+    (completion,) = decoder.generate(["abc"], max_tokens=4)
+    assert deadly.read_text() == f"{kind} 0"
+    assert completion.error is None
+    assert outcome([completion]) == outcome([undisturbed])
+    assert len(completion.reports) == (6 if kind == "Generate" else 0)
+
+
+@pytest.mark.parametrize("kind", ["Tokenize", "Generate"])
+def test_whoever_is_killed_again_and_again_gets_an_error(
+    kind: str, tiny: Path, make: Open, deadly: Path
+) -> None:
+    decoder = make(tiny, 1)
+    deadly.write_text(f"{kind} 1000")
+    (completion,) = decoder.generate(["abc"], max_tokens=4)
+    assert isinstance(completion.error, SequenceError)
+    left = int(deadly.read_text().split()[1])
+    assert 1000 - left == 1 + KILLS_MAX * (2 if kind == "Generate" else 1)

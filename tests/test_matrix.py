@@ -108,6 +108,8 @@ def test_every_problem_is_said_at_once(tmp_path: Path) -> None:
         ("deadline = nan\n[[cases]]", "deadline is nan: Expected `float` > 0"),
         (f"[[cases]]\ntokens = {list(range(1, 1001))}\nn_batch = {list(range(1, 20))}", "19,000 cases"),
         (f"a = {'[' * 100_000}", "is not TOML"),
+        (f"[[cases]]\ntokens = 0x{'f' * 5000}", "tokens is a number of thousands of digits: "),
+        (f"{'k' * 10_000} = 1\n[[cases]]", f"^{'k' * 60} is no key"),
         ("".join(f"key{n} = 1\n" for n in range(50)), "and 31 more$"),
     ],
 )

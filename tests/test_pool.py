@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import itertools
 import os
 import signal
 import threading
@@ -203,6 +205,37 @@ def test_an_iterator_of_prompts_is_read_as_places_fall_free(tiny: Path, make: Op
     next(completions)
     assert len(read) <= 8
     assert [c.index for c in completions] == list(range(1, 100))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_is_refused_keeps_back_nothing_that_is_done(ordered: bool, tiny: Path, make: Open) -> None:
+    decoder, read = make(tiny, 2), []
+
+    def prompts() -> Iterator[str]:
+        yield "abc"
+        for n in range(10_000):
+            read.append(n)
+            yield ""
+
+    with contextlib.closing(decoder.generate(prompts(), max_tokens=2, ordered=ordered)) as completions:
+        assert any(c.error is None for c in itertools.islice(completions, 8))
+        assert len(read) <= 8
+    with contextlib.closing(decoder.generate(prompts(), max_tokens=2, ordered=ordered)) as completions:
+        assert len(list(completions)) == 10_001
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_the_source_of_prompts_raises_comes_after_the_prompts_before_it(
+    ordered: bool, tiny: Path, make: Open
+) -> None:
+    def prompts() -> Iterator[str]:
+        yield from ("abc", "", "def")
+        raise RuntimeError("the source is broken")
+
+    seen: list[int] = []
+    with pytest.raises(RuntimeError, match="the source is broken"):
+        seen.extend(c.index for c in make(tiny, 2).generate(prompts(), max_tokens=3, ordered=ordered))
+    assert sorted(seen) == [0, 1, 2]
 
 
 def test_what_is_no_prompt_fails_alone(tiny: Path, make: Open) -> None:

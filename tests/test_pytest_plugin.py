@@ -384,3 +384,19 @@ def test_off():
 """,
     )
     result.assert_outcomes(passed=1)
+
+
+def test_a_failure_has_the_title_of_its_report(crumple: Run, store: Store) -> None:
+    result = crumple(
+        test_it="""
+import ctypes
+import numpy as np
+
+def test_called_back():
+    np.frompyfunc(lambda _: ctypes.string_at(8), 1, 1)(1)
+""",
+    )
+    (report,) = read_all(store)
+    assert report.signature is not None
+    assert report.signature.confidence == "high"  # of numpy's frames, which the failure does not show
+    result.stdout.fnmatch_lines([f"{report.signature.title}; report: *"])

@@ -69,6 +69,34 @@ def test_a_cell_ends_with_its_session(pytester: pytest.Pytester, signum: signal.
         assert "KeyboardInterrupt" in out
 
 
+@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+def test_deaths_are_told_where_sigchld_is_ignored(crumple: Run, workers: tuple[str, ...]) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        result = crumple(
+            *workers,
+            test_it="""
+import os, signal
+
+def test_passes(): assert signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+def test_leaves(): os._exit(3)
+""",
+        )
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*native_exit*_exit(3) in the middle of the test*"])
+
+
+@pytest.mark.parametrize("arguments", [("--pdb",), ("--trace",), ("--trace", "-n2")])
+def test_debuggers_are_refused_before_any_worker_starts(crumple: Run, arguments: tuple[str, ...]) -> None:
+    result = crumple(*arguments, test_it="def test_it(): pass\n")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --pdb and --trace need the terminal, and --crumple runs all*"])
+    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
+    crumple(*arguments, "--collect-only", test_it="def test_it(): pass\n").stdout.fnmatch_lines(["*1 test*"])
+
+
 def test_debuggers_are_refused(crumple: Run) -> None:
     marked = "import pytest\n@pytest.mark.crumple\ndef test_stops(): breakpoint()\ndef test_free(): pass\n"
     result = crumple("--pdb", crumple=False, test_it=marked)

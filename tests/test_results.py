@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from crumplezone.errors import InputError
 from crumplezone.workers.calls import Rows
 from crumplezone.workers.columns import Columns
-from crumplezone.workers.results import Result, share_out
+from crumplezone.workers.results import Result, Sampling, share_out
 
 token = st.tuples(st.lists(st.integers(0, 5), min_size=1, max_size=3), st.booleans())
 
@@ -50,3 +50,12 @@ def test_rows_are_asked_by_position() -> None:
             result.logits(seq_id, pos)
     with pytest.raises(InputError, match="embeddings=True"):
         result.embeddings(0)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = Sampling(max_tokens=np.int16(3), temperature=np.float32(0.5), top_k=np.uint8(4))  # type: ignore[arg-type]
+    assert given == Sampling(max_tokens=3, temperature=0.5, top_k=4)
+    assert {type(given.max_tokens), type(given.temperature)} == {int, float}
+    for none in (True, np.True_, np.float32("nan"), 10**400, "1", None, 1j):
+        with pytest.raises(InputError, match=r"temperature is .*: must be a number from"):
+            Sampling(temperature=none)  # type: ignore[arg-type]

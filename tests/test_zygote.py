@@ -8,6 +8,8 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -182,6 +184,78 @@ def test_a_killed_zygote_is_replaced_and_its_cells_go_on(grow: Grow, deaths: Dea
     assert (evidence.exit, evidence.returncode) == (Exit.KILLED, None)
     assert "its exit status is not known: it went with the zygote" in evidence.detail
     new.close()
+
+
+def test_a_death_that_another_thread_noticed_first(
+    grow: Grow, deaths: Deaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = grow()
+    seed.start()
+    first, ready = seed.pid, seed._ready
+
+    def overtaken() -> object:
+        """The line is taken; then the zygote dies, and another thread looks at it before this one."""
+        line = ready()
+        if seed.pid == first:
+            kill(first)
+            assert line is not None
+            assert not line.lives()
+        return line
+
+    monkeypatch.setattr(seed, "_ready", overtaken)
+    cell = Cell(SPEC, seed.fork)
+    assert parent(cell.pid) == seed.pid != first
+    assert evidence_of(deaths).pid == first
+    assert deaths.empty()  # it is told once
+    cell.close()
+
+
+def test_who_meets_a_dead_zygote_each_time_spawns(grow: Grow, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = grow()
+    ready = seed._ready
+
+    def doomed() -> object:
+        """Others fork in between, so that the deaths are never three in a row."""
+        seed._deaths = 0
+        line = ready()
+        kill(seed.pid)
+        return line
+
+    monkeypatch.setattr(seed, "_ready", doomed)
+    cell = Cell(SPEC, seed.fork)
+    assert parent(cell.pid) == os.getpid()
+    cell.close()
+
+
+def test_a_zygote_that_does_not_answer_is_closed_in_the_middle_of_a_fork(grow: Grow, deaths: Deaths) -> None:
+    seed = grow()
+    cell = Cell(SPEC, seed.fork)
+    pid = seed.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    line = seed._line
+    assert line is not None
+    raised = queue.SimpleQueue[BaseException]()
+
+    def fork() -> None:
+        try:
+            Cell(SPEC, seed.fork)
+        except UsageError as error:
+            raised.put(error)
+
+    thread = threading.Thread(target=fork)
+    thread.start()
+    while not line._talking:
+        os.sched_yield()
+    before = time.monotonic()
+    seed.close()
+    assert time.monotonic() - before < zygote._DEADLINE / 2
+    assert "closed" in str(raised.get(timeout=10))
+    thread.join()
+    assert wait_for_end(pid)
+    assert deaths.empty()  # whoever closed it killed it
+    echo(cell)
+    cell.close()
 
 
 def test_a_fault_is_held_and_read_after_the_zygotes_death(grow: Grow) -> None:

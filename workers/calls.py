@@ -130,5 +130,6 @@ class Limits:
     def __post_init__(self) -> None:
         if self.deadline is not None:
             check_number("deadline", self.deadline, 1e-3, 1e7)
+            object.__setattr__(self, "deadline", float(self.deadline))  # numpy's numbers are welcome
         if self.memory is not None:
             check_integer("memory_limit", self.memory, 1, 2**63 - 1)

@@ -16,7 +16,7 @@ from typing import Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellDied, InputError, UsageError, check_integer
+from crumplezone.errors import CellDied, InputError, UsageError, check_integer, check_texts
 from crumplezone.reports.store import default_directory
 from crumplezone.sandbox.zygote import Zygote
 from crumplezone.workers.batch import Batch
@@ -152,6 +152,7 @@ class Decoder:
         """Process ids: of the "zygote", the cells of "memory", "lanes" and "embeddings", and "spares"."""
         lanes = [runner for pool in self._pools for runner in pool.runners]
         spares = [runner.spare_pids for runner in (self._native, *lanes)]
+        spares += [self._embedder.spare_pids] if self._embedder else []
         return {
             "zygote": _known(self._cells.zygote),
             "memory": _known(self._native),
@@ -229,7 +230,7 @@ class Decoder:
         """A vector for each text, many whole texts per native call, in a cell of its own without adapters.
 
         Args:
-            texts: None of them empty.
+            texts: Each of one token at least, with those that the model adds.
             pooling: "mean", "cls" or "last"; None: the model's own, or "mean" if it has none.
             normalize: Give vectors of length 1.
 
@@ -338,7 +339,8 @@ class Decoder:
         Args:
             prompts: Texts; an iterator is read as places fall free.
             ordered: Yield in the order of the prompts, else as they finish.
-            sampling: Fields of `Sampling`. The same seed gives the same text, crash or no crash.
+            sampling: Fields of `Sampling`. The same seed gives the same text, crash or no crash, but for
+                rounding: batches of other shapes may decide between two tokens that are as likely.
 
         Yields:
             One `Completion` per prompt. What fails alone, or is no text, has its ``error`` set.
@@ -346,8 +348,7 @@ class Decoder:
         Raises:
             InputError: A parameter is out of range.
         """
-        if isinstance(prompts, str | bytes):
-            raise InputError("prompts", prompts, "must be a list of texts, not one text")
+        check_texts("prompts", prompts)
         finished = self.complete(enumerate(prompts), Sampling(**sampling))
         return in_order(finished) if ordered else finished
 

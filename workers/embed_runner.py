@@ -79,6 +79,11 @@ class EmbedRunner:
         return self._source.pid
 
     @property
+    def spare_pids(self) -> list[int]:
+        """Process ids of the spares."""
+        return self._source.spare_pids
+
+    @property
     def info(self) -> EmbedInfo:
         """Facts of the model; starts the cell if it never ran."""
         if self._info is None:

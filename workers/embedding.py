@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from crumplezone.errors import CellDied, CrumplezoneError, InputError, SequenceError, check_integer
+from crumplezone.errors import (
+    CellDied,
+    CrumplezoneError,
+    InputError,
+    SequenceError,
+    check_integer,
+    check_texts,
+)
 from crumplezone.reports.schema import BatchRecord, Outcome
 from crumplezone.sandbox.zygote import Zygote
 from crumplezone.workers.calls import Limits, RefusedError
@@ -97,7 +104,8 @@ class Embedder:
                 this. No text has been embedded then.
             ModelError: The model cannot be loaded.
         """
-        given = [_utf8(i, text) for i, text in enumerate(_several(texts))]
+        check_texts("texts", texts)
+        given = [_utf8(i, text) for i, text in enumerate(texts)]
         self._runner.start()
         chosen = self._runner.pooling(pooling)
         job = _Job(self._runner, self._reporter, given)
@@ -118,6 +126,11 @@ class Embedder:
     def pid(self) -> int | None:
         """Process id of the running cell, if there is one."""
         return self._runner.pid
+
+    @property
+    def spare_pids(self) -> list[int]:
+        """Process ids of the spares."""
+        return self._runner.spare_pids
 
     def close(self) -> None:
         """End the cell for good."""
@@ -248,12 +261,6 @@ class _Job:
             n_bytes += len(text)
         if chunk:
             yield chunk
-
-
-def _several(texts: Iterable[str]) -> Iterable[str]:
-    if isinstance(texts, str | bytes):
-        raise InputError("texts", texts, "must be a list of texts, not one text")
-    return texts
 
 
 def _utf8(index: int, text: str) -> bytes:

@@ -19,7 +19,7 @@ from crumplezone.workers.incident import Case, Reporter
 from crumplezone.workers.jobs import PromptJob, deliver, drop, fail
 from crumplezone.workers.protocol import Generated, Join, Progress
 from crumplezone.workers.results import Completion, Rung, failed
-from crumplezone.workers.safe import Descent
+from crumplezone.workers.safe import KILLS_MAX, Descent, was_killed
 from crumplezone.workers.session import Session
 
 STEPS = 8  # native calls per control message: what a crash can cost is that much decoding again
@@ -111,6 +111,8 @@ class Generation:
         except (CellRefused, InputError) as refused:
             _refuse(job, refused)
         except (CrumplezoneError, OSError) as refused:  # no cell, or no memory for its arena
+            if self._stopped:  # that is why
+                raise
             _refuse(job, SequenceError(job.index, str(refused)))
         else:
             seq_id = heapq.heappop(self._free)
@@ -160,16 +162,22 @@ class Generation:
 
     def _tokens(self, job: PromptJob) -> tuple[npt.NDArray[np.int32], int]:
         """The tokens of a prompt, and how many may follow."""
-        try:
-            tokens = self._runner.tokenize(job.prompt)
-        except CellDied as died:  # perhaps of something older than this prompt: a new cell will tell
-            self._report_tokenizer(job, died, "the tokenizer was asked again in a new cell")
-            tokens = self._runner.tokenize(job.prompt)
+        tokens = self._tokenized(job)
         n_ctx_seq = self._runner.info.n_ctx_seq
         if not 0 < len(tokens) < n_ctx_seq:
             limit = f"the context holds {n_ctx_seq} tokens per sequence, one of them to generate"
             raise InputError(f"number of tokens of prompt {job.index}", len(tokens), limit)
         return tokens, n_ctx_seq - len(tokens)
+
+    def _tokenized(self, job: PromptJob) -> npt.NDArray[np.int32]:
+        for deaths in range(1 + KILLS_MAX):
+            try:
+                return self._runner.tokenize(job.prompt)
+            except CellDied as died:  # the first perhaps of something older than this prompt
+                if deaths == KILLS_MAX or (deaths and not was_killed(died)):
+                    raise
+                self._report_tokenizer(job, died, "the tokenizer was asked again in a new cell")
+        raise AssertionError
 
     def _report_tokenizer(self, job: PromptJob, died: CellDied, result: str) -> str:
         runner = self._runner
@@ -261,6 +269,8 @@ class Generation:
         if reason == "":
             self._leaving.append(running.seq_id)  # only to come back with the others
             self._joining.append(running.seq_id)
+            return
+        if error and self._stopped:  # there may be no cell any more: it is given up next
             return
         self._end(running)
         if error:

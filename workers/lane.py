@@ -163,7 +163,7 @@ class Lane:
                 result = self._ladder.decode(job.columns, job.ask)
             deliver(job.future, result)
         except Exception as error:  # noqa: BLE001 - it is the job's; the lane goes on
-            fail(job, error)
+            fail(job, UsageError(_CLOSED) if self._queue.killed else error)
 
     def _advance(self) -> None:
         try:

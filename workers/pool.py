@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -138,8 +138,10 @@ class Pool:
         self._queue.kill()
 
     def close(self) -> None:
-        """Fail what is not done, and wait until every lane has ended."""
+        """Fail what is not done, and wait until every lane has ended. No cell is forked after that."""
         self.abandon()
+        if self.plan.cells.zygote:
+            self.plan.cells.zygote.stop()  # or a lane would wait for one that does not answer
         if self._opener is not threading.current_thread():  # a callback of a future that it has failed
             self._opener.join()
         for lane in self._lanes:
@@ -171,6 +173,9 @@ def complete(
 ) -> Generator[Completion, None, None]:
     """Complete numbered prompts; twice as many as can be in flight are read ahead.
 
+    The source is read in the caller's thread: while it blocks, nothing is yielded. What it raises comes after
+    the completions of the prompts before it.
+
     Args:
         places: How many prompts can be in flight.
         put: Gives a job to the lanes.
@@ -180,26 +185,41 @@ def complete(
     ahead = 2 * places()
     waiting: set[Future[Completion]] = set()
     done: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
-    unread = iter(prompts)
+    raised: list[Exception] = []
+    unread = _kept(prompts, raised)
+    more, refused = True, 0  # those since the latest completion: they count, or no end of them might be read
     try:
-        while True:
+        while more or waiting:
+            more = False
             for index, prompt in unread:
+                more = True
                 if problem := wrong(prompt, f"prompts[{index}]"):
+                    refused += 1
                     yield failed(index, prompt, problem)
-                    continue
-                job = PromptJob(index, prompt, sampling)
-                job.future.add_done_callback(done.put)
-                put(job)
-                waiting.add(job.future)
-                if len(waiting) == ahead:
+                else:
+                    job = PromptJob(index, prompt, sampling)
+                    job.future.add_done_callback(done.put)
+                    put(job)
+                    waiting.add(job.future)
+                if len(waiting) + refused >= ahead or not done.empty():
                     break
-            if not waiting:
-                return
-            waiting.remove(future := done.get())
-            yield future.result()
+            refused = 0
+            if waiting:
+                waiting.remove(future := done.get())
+                yield future.result()
     finally:
         for future in waiting:
             future.cancel()
+    if raised:
+        raise raised[0]
+
+
+def _kept(prompts: Iterable[tuple[int, str]], raised: list[Exception]) -> Iterator[tuple[int, str]]:
+    """Prompts to the end of their source, or until it raises, which is kept."""
+    try:
+        yield from prompts
+    except Exception as error:  # noqa: BLE001 - the caller's, to be raised in its turn
+        raised.append(error)
 
 
 def in_order(finished: Iterable[Completion]) -> Generator[Completion, None, None]:

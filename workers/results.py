@@ -68,7 +68,7 @@ class Sampling:
         frequency_penalty: Taken from their logits for each time that they came.
         presence_penalty: Taken from their logits once.
         penalty_last_n: "Lately" is so many tokens, the prompt's included.
-        seed: The same seed gives the same text, crash or no crash.
+        seed: The same seed gives the same text, crash or no crash, but for rounding (`Decoder.generate`).
 
     Raises:
         InputError: One of them is out of range.

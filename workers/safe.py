@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from crumplezone.errors import CellDied, CrumplezoneError, MemoryLostError, SequenceError
-from crumplezone.reports.schema import BatchRecord, Outcome
+from crumplezone.reports.schema import BatchRecord, Evidence, Exit, Outcome
 from crumplezone.reports.store import default_directory
 from crumplezone.workers.batch import Batch
 from crumplezone.workers.calls import Ask, Limits, RefusedError, Rows
@@ -23,7 +23,15 @@ from crumplezone.workers.runner import Runner
 from crumplezone.workers.settings import capacity, configure
 from crumplezone.workers.validate import Memory, validate
 
+KILLS_MAX = 8  # in a row, for one sequence: what is killed that often will be killed again
+
 _T = TypeVar("_T")
+
+
+def was_killed(died: CellDied) -> bool:
+    """Whether somebody else killed a cell: that says nothing of its work. Waits for the autopsy."""
+    evidence: Evidence = died.incident.evidence.result()
+    return evidence.exit == Exit.KILLED
 
 
 class Descent:
@@ -41,7 +49,7 @@ class Descent:
     def attempt(
         self, seq_id: int, case: Case, work: Callable[[int], _T], batch: Callable[[int], BatchRecord]
     ) -> tuple[_T | None, Rung, SequenceError | None]:
-        """Try one sequence on each safe rung in turn.
+        """Try one sequence on each safe rung in turn, and again if it failed where cells were killed.
 
         Args:
             seq_id: The sequence's id for its caller.
@@ -52,12 +60,32 @@ class Descent:
         if no_cell := self._no_cell(case):
             case.step(Rung.SAFE, Outcome.REFUSED, [seq_id], no_cell)
             return None, Rung.SAFE, SequenceError(seq_id, no_cell)
+        for _ in range(KILLS_MAX):
+            deaths: list[CellDied] = []
+            done, rung, error = self._descend(seq_id, case, work, batch, deaths)
+            # Asked only of one that failed: until then, autopsies run beside the work.
+            if error is None or not any(was_killed(died) for died in deaths):
+                break
+        if error and error.report:
+            case.blamed.append(seq_id)
+        return done, rung, error
+
+    def _descend(
+        self,
+        seq_id: int,
+        case: Case,
+        work: Callable[[int], _T],
+        batch: Callable[[int], BatchRecord],
+        deaths: list[CellDied],
+    ) -> tuple[_T | None, Rung, SequenceError | None]:
+        """`attempt`, once; ``deaths`` is given those of the cells."""
         problem, report, rc = "", None, None
         for rung, chunk in ((Rung.SAFE, self.runner.n_batch), (Rung.TOKEN, 1)):
             start = time.perf_counter()
             try:
                 done = work(chunk)
             except CellDied as died:
+                deaths.append(died)
                 config, info = self.runner.config, self.runner.known
                 report = self._reporter.add(case, died.incident, rung, batch(chunk), config, info)
                 problem, outcome, rc = str(died), Outcome.CRASHED, None
@@ -69,8 +97,6 @@ class Descent:
                 case.step(rung, Outcome.OK, [seq_id], ms=(time.perf_counter() - start) * 1000)
                 return done, rung, None
             case.step(rung, outcome, [seq_id], problem, (time.perf_counter() - start) * 1000)
-        if report:
-            case.blamed.append(seq_id)
         return None, Rung.TOKEN, SequenceError(seq_id, problem, report, rc)
 
     def _no_cell(self, case: Case) -> str:

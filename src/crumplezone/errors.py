@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -55,8 +56,21 @@ def check_integer(
 
 def check_number(field: str, value: object, low: float, high: float) -> None:
     """Raise `InputError` unless a value is a number from ``low`` to ``high``; NaN is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    # numpy's numbers are no float; a huge int cannot be made one.
+    known = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not known or not low <= value <= high:  # type: ignore[operator]
         raise InputError(field, value, f"must be a number from {low:g} to {high:g}")
+
+
+def check_texts(field: str, value: object) -> None:
+    """Raise `InputError` unless a value can be iterated over, and is no single text."""
+    try:
+        if not isinstance(value, str | bytes):
+            iter(value)  # type: ignore[call-overload]
+            return
+    except TypeError:
+        pass
+    raise InputError(field, value, "must be a list of texts, or another iterable of them")
 
 
 class ModelError(CrumplezoneError):

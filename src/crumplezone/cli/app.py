@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 some prompts failed (their errors are in the output); 2 ba
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,15 @@ app = typer.Typer(
 app.add_typer(triage.app, name="triage")
 app.command()(ci)
 app.command("exec", context_settings={"allow_interspersed_args": False})(execute)
+
+
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    # Inherited as ignored, it would let nobody know how a cell has ended. `exec` does this itself: its
+    # program is to inherit what was.
+    if context.invoked_subcommand != "exec" and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
 
 ModelOption = Annotated[
     Path | None, typer.Option("--model", help="GGUF file. Default: the embedded SmolLM2.", show_default=False)

@@ -155,11 +155,16 @@ def _tell_github(run: RunRecord) -> None:
             _echo(line)
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=_at_once) as file:
                 file.write(summary.render(run))
         except OSError as error:  # the run itself is not at fault
             said = f"GITHUB_STEP_SUMMARY {path} cannot be written: {error.strerror}"
             _echo(printable(said), err=True)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """A pipe that nobody reads is an error, and not waited for (fifo(7))."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _echo(text: str, *, err: bool = False) -> None:
