@@ -337,7 +337,8 @@ class Decoder:
         """Complete prompts, many at a time; a place that falls free is taken by the next prompt.
 
         Args:
-            prompts: Texts; an iterator is read as places fall free.
+            prompts: Texts; an iterator is read as places fall free, in this thread: while it blocks, nothing
+                is yielded. What it raises comes after the completions of the prompts before.
             ordered: Yield in the order of the prompts, else as they finish.
             sampling: Fields of `Sampling`. The same seed gives the same text, crash or no crash, but for
                 rounding: batches of other shapes may decide between two tokens that are as likely.
