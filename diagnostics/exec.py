@@ -23,7 +23,15 @@ from crumplezone.reports.text import printable, summary
 from crumplezone.sandbox import startup
 from crumplezone.sandbox.cell import Incident
 from crumplezone.sandbox.guest import Guest
-from crumplezone.sandbox.launch import Child, Ends, Process, child_of, launch, stdio_taken
+from crumplezone.sandbox.launch import (
+    Child,
+    Ends,
+    Process,
+    child_of,
+    children_kept,
+    launch,
+    stdio_taken,
+)
 from crumplezone.sandbox.lobby import Lobby
 from crumplezone.sandbox.program import VARIABLE
 from crumplezone.workers.incident import Reporter
@@ -86,7 +94,7 @@ def _watch(command: Sequence[str], limits: Limits, reporter: Reporter) -> int | 
     with stdio_taken(), contextlib.ExitStack() as stack:
         copy = Copy()
         stack.callback(copy.close)
-        ignored = stack.enter_context(_children_kept())
+        ignored = stack.enter_context(children_kept())
         # Before there is any thread, for all of them inherit this; but not the program.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
@@ -119,19 +127,6 @@ def _environment(address: str) -> dict[str, str]:
         VARIABLE: address,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-
-
-@contextlib.contextmanager
-def _children_kept() -> Iterator[bool]:
-    """Have the program's status kept for us; yields whether SIGCHLD was ignored, which forbids it."""
-    ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
-    if ignored:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield ignored
-    finally:
-        if ignored:
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def _restore(mask: set[Any], ignored: bool) -> None:

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from crumplezone.reports.schema import Frame
 from crumplezone.sandbox.cell import Incident
 from crumplezone.sandbox.drain import Tail
 from crumplezone.sandbox.guest import Guest
-from crumplezone.sandbox.launch import Child, Ends, launch, reap_own
+from crumplezone.sandbox.launch import Child, Ends, children_kept, launch, reap_own
 
 _TIMEOUT_MAX = 1e6  # seconds
 _MEMORY_MAX = 1 << 24  # MiB
@@ -151,7 +150,7 @@ def _run_cell(item: pytest.Item, limits: _Limits) -> _Ran:
         wire = Wire(plugin.formatter if plugin else logging.Formatter(logging.BASIC_FORMAT))
         stack.callback(wire.close)
         ran = _Ran(_Said(config), wire)
-        ignored = stack.enter_context(_children_kept())
+        ignored = stack.enter_context(children_kept())
         guest = _start(item, limits, notes, ran, ignored=ignored)
         stack.callback(guest.close)
         wire.leave_sending()
@@ -170,20 +169,6 @@ def _run_cell(item: pytest.Item, limits: _Limits) -> _Ran:
         elif outcome or not ran.end:
             ran.incident = left(guest.pid, outcome, ran.said.text(), ran.stack)
         return ran
-
-
-@contextlib.contextmanager
-def _children_kept() -> Iterator[bool]:
-    """While a cell runs, have its status kept; yields whether SIGCHLD was ignored, which forbids it."""
-    ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
-    if not ignored or threading.current_thread() is not threading.main_thread():  # others cannot change it
-        yield False
-        return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield True
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def _start(item: pytest.Item, limits: _Limits, notes: Notes, ran: _Ran, *, ignored: bool) -> Guest:

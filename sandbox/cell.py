@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import os
 import select
+import signal
 import time
 import traceback
 import weakref
@@ -34,11 +35,10 @@ from crumplezone.sandbox.channel import (
     Start,
 )
 from crumplezone.sandbox.drain import abandon, drained
-from crumplezone.sandbox.launch import Process, spawn
+from crumplezone.sandbox.launch import POLL_MAX, Process, spawn
 from crumplezone.sandbox.pressure import oom_kills
 
 _CLOSE_GRACE_MS = 500
-_POLL_MAX = 86400.0  # seconds: a poll takes no more milliseconds than an int holds
 _CLOSED = "this cell was closed by another thread in the middle of a call"
 _T = TypeVar("_T", bound=msgspec.Struct)
 
@@ -224,6 +224,10 @@ class Cell:
         """Give up a cell that answered, but not as it should; returns the error to raise."""
         return self._lost(condemned=(kind, f"{why}; killed by the supervisor"))
 
+    def kill(self) -> None:
+        """SIGKILL the process, from any thread: who waits for its reply finds it dead."""
+        self._process.signal(signal.SIGKILL)
+
     def close(self) -> None:
         """End the process and release everything. Idempotent."""
         if self._finalizer.detach() is None or os.getpid() != self._owner:
@@ -243,7 +247,7 @@ class Cell:
         sock, fault = self._process.lines.sock.fileno(), self._process.lines.fault_fd
         end = None if deadline is None else time.monotonic() + deadline
         while True:
-            left = None if end is None else min(max(end - time.monotonic(), 0.0), _POLL_MAX) * 1000
+            left = None if end is None else min(max(end - time.monotonic(), 0.0), POLL_MAX) * 1000
             ready = dict(self._poller.poll(left))
             if ready.get(sock, 0) & select.POLLIN:
                 try:

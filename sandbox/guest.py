@@ -18,12 +18,11 @@ from crumplezone.reports.schema import Exit
 from crumplezone.sandbox import autopsy
 from crumplezone.sandbox.cell import Incident
 from crumplezone.sandbox.drain import Tail, abandon, drained
-from crumplezone.sandbox.launch import Process
+from crumplezone.sandbox.launch import POLL_MAX, Process
 from crumplezone.sandbox.pressure import oom_kills
 from crumplezone.sandbox.release import parked
 
 _LOOK = 1.0  # seconds between looks at a process that cannot call
-_POLL_MAX = 86400.0  # seconds: a poll takes no more milliseconds than an int holds
 _PHASE = "run"
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
 # Which no program asks for itself. Others, such as SIGTERM, SIGINT and SIGPIPE, are how programs are ended.
@@ -58,7 +57,7 @@ class _Events:
                 parks it unheard, or another program (execve) has the lines by now: it is looked at now and
                 then.
         """
-        seconds = max(min(seconds, _POLL_MAX if self._can_call else _LOOK), 0.0)
+        seconds = max(min(seconds, POLL_MAX if self._can_call else _LOOK), 0.0)
         ready = dict(self._poller.poll(seconds * 1000))
         if self._wake in ready:
             return _Event.CLOSED

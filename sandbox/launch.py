@@ -21,6 +21,9 @@ from typing import NamedTuple
 from crumplezone.reports.schema import Step
 from crumplezone.sandbox.arena import Arena
 
+POLL_MAX = 86400.0
+"""Seconds of one poll: it takes no more milliseconds than an int holds."""
+
 
 @dataclass(eq=False)
 class Lines:
@@ -143,6 +146,23 @@ def _wait(pidfd: int, timeout_ms: int | None = None) -> bool:
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(timeout_ms))
+
+
+@contextlib.contextmanager
+def children_kept() -> Iterator[bool]:
+    """Have the kernel keep how children ended; yields whether SIGCHLD was ignored, which forbids it.
+
+    Only the main thread can change that: in others it stays as it is, and False is yielded.
+    """
+    ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    if not ignored or threading.current_thread() is not threading.main_thread():
+        yield False
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield True
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def reap_own(pidfd: int) -> int | None:

@@ -149,14 +149,8 @@ class Zygote:
 
     def _started(self) -> _Line | None:
         env = environment(self._spec.env)
-        started: list[Process] = []
-
-        def start(extra: Mapping[str, str]) -> Process:
-            started.append(self._starter(extra))
-            return started[0]
-
         try:
-            cell = Cell(self._spec, start)
+            cell = Cell(self._spec, self._starter)
         except CellRefused as refused:
             if refused.kind != UnforkableError.__name__:
                 raise
@@ -169,7 +163,7 @@ class Zygote:
             raise
         finally:
             self._starter.ready()
-        return _Line(cell, started[0], env, self._on_death)
+        return _Line(cell, env, self._on_death)
 
 
 class _DeadError(Exception):
@@ -181,15 +175,12 @@ class _Line:
 
     Args:
         cell: That is the zygote.
-        process: The cell's.
         env: The environment it was started with.
         on_death: Called once with the incident of its death.
     """
 
-    def __init__(
-        self, cell: Cell, process: Process, env: Mapping[str, str], on_death: Callable[[Incident], None]
-    ) -> None:
-        self.cell, self._process = cell, process
+    def __init__(self, cell: Cell, env: Mapping[str, str], on_death: Callable[[Incident], None]) -> None:
+        self.cell = cell
         self._env, self._on_death = env, on_death
         self._lock = threading.RLock()
         self._talking = self._stopped = self._killed = False
@@ -210,7 +201,7 @@ class _Line:
             self._lock.release()
         else:
             self._killed = True
-            self._process.signal(signal.SIGKILL)  # that ends one that is stopped, too
+            self.cell.kill()  # that ends one that is stopped, too
 
     def close(self) -> None:
         """End it."""
