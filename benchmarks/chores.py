@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.sandbox.child import Room
+from crumplezone.sandbox.child.loop import Room
 
 TARGET, SEED = f"{__name__}:Chores", f"{__name__}:Seed"
 FLOATS = 150_000  # float32: 600 kB

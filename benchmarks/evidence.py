@@ -11,8 +11,8 @@ from pathlib import Path
 from benchmarks.pairing import figure
 from benchmarks.rows import Plan, Row, Yield
 from crumplezone import Batch, Decoder, embedded_model
-from crumplezone.reports.schema import Report
-from crumplezone.reports.store import Store
+from crumplezone.reports.records.report import Report
+from crumplezone.reports.store.store import Store
 
 CRASHES = 8  # the store keeps so many in full
 _CAPTURE = {"maps", "system calls", "signal frame", "threads", "memory and limits"}

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.peer import serve
-from crumplezone.sandbox.arena import Arena
-from crumplezone.sandbox.child import Room
-from crumplezone.workers.generation import STEPS
-from crumplezone.workers.native import LlamaCell
-from crumplezone.workers.protocol import Generate, Join, Tokenize
-from crumplezone.workers.results import Sampling
-from crumplezone.workers.settings import configure
+from crumplezone.sandbox.child.loop import Room
+from crumplezone.sandbox.ipc.arena import Arena
+from crumplezone.workers.generate.in_flight import STEPS
+from crumplezone.workers.model.settings import configure
+from crumplezone.workers.native.decode_cell import LlamaCell
+from crumplezone.workers.protocol.messages import Generate, Join, Tokenize
+from crumplezone.workers.protocol.sampling import Sampling
 
 N_BATCH = 2048
 

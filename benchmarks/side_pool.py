@@ -16,9 +16,10 @@ import psutil
 from benchmarks import chores
 from benchmarks.peer import serve
 from crumplezone.errors import CellDied
-from crumplezone.sandbox.cell import Cell, CellSpec, Incident
-from crumplezone.sandbox.supply import Supply
-from crumplezone.sandbox.zygote import Zygote
+from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.sandbox.cells.cell import Cell, CellSpec
+from crumplezone.sandbox.cells.spares import Supply
+from crumplezone.sandbox.cells.zygote import Zygote
 
 JOBS, BAD_JOB = 100, 20
 LIMIT = 1.0  # seconds

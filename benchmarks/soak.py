@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from crumplezone import Batch, Decoder, embedded_model
-from crumplezone.reports.store import Store
+from crumplezone.reports.store.store import Store
 
 
 def measure(process: psutil.Process) -> tuple[int, int, int, int]:

@@ -18,8 +18,8 @@ from benchmarks.models import model
 from benchmarks.overhead import N_CTX_SEQ, Supervised
 from benchmarks.rows import Grid, Plan, Yield
 from crumplezone import Batch
-from crumplezone.sandbox.cell import Cell
-from crumplezone.sandbox.channel import Channel
+from crumplezone.sandbox.cells.cell import Cell
+from crumplezone.sandbox.ipc.channel import Channel
 
 SEQUENCES = (1, 16)
 _WARM_UP = 8

@@ -14,13 +14,13 @@ import pytest
 
 import crumplezone
 from crumplezone import Decoder
-from crumplezone.reports.schema import Report
-from crumplezone.reports.store import Store
-from crumplezone.workers.runner import Runner
-from tests import poison
-from tests.poison import Poison
-from tests.support import Dose, Job, Open, Record, read_all
-from tests.tiny_gguf import write_tiny_llama
+from crumplezone.reports.records.report import Report
+from crumplezone.reports.store.store import Store
+from crumplezone.workers.cells.decode_client import Runner
+from tests.support.decoders import Dose, Job, Open, Record, read_all
+from tests.support.models.tiny_gguf import write_tiny_llama
+from tests.support.native import decode_poison as poison
+from tests.support.native.decode_poison import Poison
 
 # A shell that starts the suite beside itself has it ignore these, and everything it starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,27 +17,32 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.errors import CellDied, InputError, UsageError, check_integer, check_texts
-from crumplezone.reports.store import default_directory
-from crumplezone.sandbox.zygote import Zygote
-from crumplezone.workers.batch import Batch
-from crumplezone.workers.calls import Adapters, Ask, Limits
-from crumplezone.workers.cells import Cells, Start
-from crumplezone.workers.columns import LLAMA_MAX_SEQ, Columns, Int32
-from crumplezone.workers.embedding import Embedder, Embeddings
-from crumplezone.workers.foreign import read_llama_batch
-from crumplezone.workers.incident import Reporter
-from crumplezone.workers.jobs import BatchJob, Job, PromptJob, Stream
-from crumplezone.workers.ladder import Ladder
-from crumplezone.workers.memory import Memory
-from crumplezone.workers.pool import Plan, Pool, complete, in_order, wrong
-from crumplezone.workers.protocol import CellInfo
-from crumplezone.workers.results import Completion, Result, Sampling, SamplingOptions
-from crumplezone.workers.runner import Runner
-from crumplezone.workers.safe import Descent
-from crumplezone.workers.session import Session
-from crumplezone.workers.settings import INT32_MAX, N_UBATCH, capacity, configure
-from crumplezone.workers.validate import Level, validate
-from crumplezone.workers.validate import Memory as Held
+from crumplezone.reports.store.store import default_directory
+from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.workers.batch.batch import Batch
+from crumplezone.workers.batch.call import Ask
+from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ, Columns, Int32
+from crumplezone.workers.batch.ctypes_batch import read_llama_batch
+from crumplezone.workers.batch.results import Result
+from crumplezone.workers.batch.validate import Level, validate
+from crumplezone.workers.batch.validate import Memory as Held
+from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.cells.factory import Cells, Start
+from crumplezone.workers.embed.embedder import Embedder, Embeddings
+from crumplezone.workers.generate.complete import complete, in_order, wrong
+from crumplezone.workers.generate.completion import Completion
+from crumplezone.workers.generate.jobs import BatchJob, Job, PromptJob, Stream
+from crumplezone.workers.generate.pool import Plan, Pool
+from crumplezone.workers.incidents.reporter import Reporter
+from crumplezone.workers.ladder.ladder import Ladder
+from crumplezone.workers.ladder.rungs import Descent
+from crumplezone.workers.memory.memory import Memory
+from crumplezone.workers.memory.session import Session
+from crumplezone.workers.model.adapters import Adapters
+from crumplezone.workers.model.limits import Limits
+from crumplezone.workers.model.settings import INT32_MAX, N_UBATCH, capacity, configure
+from crumplezone.workers.protocol.config import CellInfo
+from crumplezone.workers.protocol.sampling import Sampling, SamplingOptions
 
 _N_SEQ_MAX = 4  # sequences of a batch, where nobody says
 _WORKERS_MAX = 256

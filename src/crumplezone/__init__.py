@@ -9,38 +9,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crumplezone.workers.batch import Batch as Batch
+    from crumplezone.workers.batch.batch import Batch as Batch
+    from crumplezone.workers.batch.results import Result as Result
+    from crumplezone.workers.batch.results import Rung as Rung
     from crumplezone.workers.decoder import Decoder as Decoder
-    from crumplezone.workers.embedding import Embeddings as Embeddings
-    from crumplezone.workers.jobs import Stream as Stream
-    from crumplezone.workers.llama import Llama as Llama
-    from crumplezone.workers.llama_objects import LlamaGrammar as LlamaGrammar
-    from crumplezone.workers.llama_objects import LlamaPromptLookupDecoding as LlamaPromptLookupDecoding
-    from crumplezone.workers.llama_objects import LlamaRAMCache as LlamaRAMCache
-    from crumplezone.workers.llama_objects import LogitsProcessorList as LogitsProcessorList
-    from crumplezone.workers.llama_objects import StoppingCriteriaList as StoppingCriteriaList
-    from crumplezone.workers.model import embedded_model as embedded_model
-    from crumplezone.workers.results import Completion as Completion
-    from crumplezone.workers.results import Result as Result
-    from crumplezone.workers.results import Rung as Rung
-    from crumplezone.workers.safe import SafeBatchProcessor as SafeBatchProcessor
+    from crumplezone.workers.embed.embedder import Embeddings as Embeddings
+    from crumplezone.workers.generate.completion import Completion as Completion
+    from crumplezone.workers.generate.jobs import Stream as Stream
+    from crumplezone.workers.ladder.safe_batch import SafeBatchProcessor as SafeBatchProcessor
+    from crumplezone.workers.llama.llama import Llama as Llama
+    from crumplezone.workers.llama.objects import LlamaGrammar as LlamaGrammar
+    from crumplezone.workers.llama.objects import LlamaPromptLookupDecoding as LlamaPromptLookupDecoding
+    from crumplezone.workers.llama.objects import LlamaRAMCache as LlamaRAMCache
+    from crumplezone.workers.llama.objects import LogitsProcessorList as LogitsProcessorList
+    from crumplezone.workers.llama.objects import StoppingCriteriaList as StoppingCriteriaList
+    from crumplezone.workers.model.file import embedded_model as embedded_model
 
 _HOMES = {
-    "Batch": "batch",
-    "Completion": "results",
+    "Batch": "batch.batch",
+    "Completion": "generate.completion",
     "Decoder": "decoder",
-    "Embeddings": "embedding",
-    "Llama": "llama",
-    "LlamaGrammar": "llama_objects",
-    "LlamaPromptLookupDecoding": "llama_objects",
-    "LlamaRAMCache": "llama_objects",
-    "LogitsProcessorList": "llama_objects",
-    "StoppingCriteriaList": "llama_objects",
-    "Result": "results",
-    "Rung": "results",
-    "SafeBatchProcessor": "safe",
-    "Stream": "jobs",
-    "embedded_model": "model",
+    "Embeddings": "embed.embedder",
+    "Llama": "llama.llama",
+    "LlamaGrammar": "llama.objects",
+    "LlamaPromptLookupDecoding": "llama.objects",
+    "LlamaRAMCache": "llama.objects",
+    "LogitsProcessorList": "llama.objects",
+    "StoppingCriteriaList": "llama.objects",
+    "Result": "batch.results",
+    "Rung": "batch.results",
+    "SafeBatchProcessor": "ladder.safe_batch",
+    "Stream": "generate.jobs",
+    "embedded_model": "model.file",
 }
 
 __all__ = [

@@ -29,12 +29,12 @@ from crumplezone.errors import (
     TokenError,
     check_integer,
 )
-from crumplezone.workers.batch import Batch
-from crumplezone.workers.columns import LLAMA_MAX_SEQ, Columns
+from crumplezone.workers.batch.batch import Batch
+from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ, Columns
+from crumplezone.workers.batch.ctypes_batch import MAX_TOKENS, read_llama_batch
+from crumplezone.workers.batch.results import Result
 from crumplezone.workers.decoder import Decoder
-from crumplezone.workers.foreign import MAX_TOKENS, read_llama_batch
-from crumplezone.workers.memory import Memory
-from crumplezone.workers.results import Result
+from crumplezone.workers.memory.memory import Memory
 
 LLAMA_PROCESS_TYPE_ENCODE, LLAMA_PROCESS_TYPE_DECODE = 0, 1
 LLAMA_TOKEN_NULL = -1

@@ -15,12 +15,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from crumplezone.cli import triage
 from crumplezone.cli.ci import ci
 from crumplezone.cli.exec import execute
 from crumplezone.cli.output import AsJson
+from crumplezone.cli.triage import verbs as triage
 from crumplezone.errors import CrumplezoneError, InputError, ReportError
-from crumplezone.reports.text import printable
+from crumplezone.reports.printable import printable
 
 SOME_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 130
 
@@ -81,7 +81,7 @@ def run(
 ) -> None:
     """Complete prompts from a file. Run it again after any interruption: it goes on where it stopped."""
     from crumplezone.cli.run import Job, complete
-    from crumplezone.workers.results import Sampling
+    from crumplezone.workers.protocol.sampling import Sampling
 
     sampling = Sampling(max_tokens, temperature, seed=seed)
     job = Job(prompts, out, model, sampling, n_seq_max, workers, n_ctx, reports)

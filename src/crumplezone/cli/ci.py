@@ -13,12 +13,12 @@ import typer
 from rich.console import Console
 
 from crumplezone.errors import InputError
-from crumplezone.reports import summary
-from crumplezone.reports.runs import CaseRecord, Ending, News, RunRecord, grouped
-from crumplezone.reports.text import printable
+from crumplezone.reports.formats import summary
+from crumplezone.reports.printable import printable
+from crumplezone.reports.records.run import CaseRecord, Ending, News, RunRecord, grouped
 
 if TYPE_CHECKING:
-    from crumplezone.diagnostics.ci import Watch
+    from crumplezone.diagnostics.ci.run import Watch
 
 _MAX_GROUPS = 64  # failures that the terminal is told of in the end; index.html has more
 
@@ -60,10 +60,10 @@ def ci(
     Exit codes: 0 as expected; 1 new failures; 2 bad usage or input; 3 the machine or a model failed, and
     nothing else is new; 130 interrupted (--resume goes on).
     """
-    from crumplezone.diagnostics import ci as diagnostic
-    from crumplezone.diagnostics import matrix as matrices
-    from crumplezone.sandbox.cgroup import available_memory
-    from crumplezone.workers.model import embedded_model
+    from crumplezone.diagnostics.ci import matrix as matrices
+    from crumplezone.diagnostics.ci import run as diagnostic
+    from crumplezone.sandbox.process.cgroup import available_memory
+    from crumplezone.workers.model.file import embedded_model
 
     if update_baseline and baseline is None:
         raise InputError("--update-baseline", True, "needs --baseline FILE.json, the file that it writes")

@@ -10,12 +10,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from crumplezone.reports import text
-from crumplezone.reports.store import Store
-from crumplezone.workers.batch import Batch
+from crumplezone.reports.formats import text
+from crumplezone.reports.printable import printable
+from crumplezone.reports.store.store import Store
+from crumplezone.workers.batch.batch import Batch
+from crumplezone.workers.batch.results import Result
 from crumplezone.workers.decoder import Decoder
-from crumplezone.workers.model import embedded_model
-from crumplezone.workers.results import Result
+from crumplezone.workers.model.file import embedded_model
 
 PROMPTS = (
     "The capital of France is",
@@ -41,7 +42,7 @@ def show(model: Path | None, reports: Path | None) -> None:
         found = decoder.processes
         loader = (found["zygote"] or found["memory"])[0]
         loaded = f"{path.name}: {decoder.info.description}, loaded by process {loader}"
-        console.print(Text(text.printable(loaded)))
+        console.print(Text(printable(loaded)))
         _generate(console, decoder)
         sequences = [decoder.tokenize(prompt) for prompt in PROMPTS]
         console.print("\nNow the same prompts through llama_encode, with preflight off.")
@@ -64,7 +65,7 @@ def _generate(console: Console, decoder: Decoder) -> None:
     tokens = 0
     for done in decoder.generate(PROMPTS, max_tokens=24):
         tokens += len(done.tokens)
-        table.add_row(Text(done.prompt), Text(text.printable(" ".join(done.text.split()))), done.rung)
+        table.add_row(Text(done.prompt), Text(printable(" ".join(done.text.split()))), done.rung)
     seconds = time.perf_counter() - start
     console.print(table)
     console.print(f"{tokens} tokens in {seconds:.1f} s")

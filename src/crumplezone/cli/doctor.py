@@ -8,9 +8,9 @@ import msgspec
 import typer
 
 from crumplezone.cli.output import print_json
-from crumplezone.diagnostics.check import Check, State
-from crumplezone.diagnostics.doctor import examine, lacking
-from crumplezone.reports.text import printable
+from crumplezone.diagnostics.doctor.check import Check, State
+from crumplezone.diagnostics.doctor.doctor import examine, lacking
+from crumplezone.reports.printable import printable
 
 
 def show(model: Path | None, reports: Path | None, *, as_json: bool) -> bool:

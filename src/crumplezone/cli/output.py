@@ -16,9 +16,9 @@ import msgspec
 import typer
 
 from crumplezone.errors import InputError, ReportError, UsageError
-from crumplezone.reports.schema import Report
-from crumplezone.reports.store import Store, default_directory
-from crumplezone.reports.text import printable
+from crumplezone.reports.printable import printable
+from crumplezone.reports.records.report import Report
+from crumplezone.reports.store.store import Store, default_directory
 
 Reports = Annotated[
     Path | None,

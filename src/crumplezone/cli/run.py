@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crumplezone.errors import InputError
 from crumplezone.workers.decoder import Decoder
-from crumplezone.workers.model import embedded_model
-from crumplezone.workers.results import Completion, Sampling
+from crumplezone.workers.generate.completion import Completion
+from crumplezone.workers.model.file import embedded_model
+from crumplezone.workers.protocol.sampling import Sampling
 
 
 @dataclass(frozen=True)

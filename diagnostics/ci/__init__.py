@@ -1,0 +1,1 @@
+"""Diagnostic runs: a matrix of batch shapes against a baseline."""

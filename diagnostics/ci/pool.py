@@ -1,0 +1,216 @@
+"""The runner processes of a diagnostic run. One that dies takes its case along and nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import msgspec
+from multiprocessing_logging import MultiProcessingHandler
+
+from crumplezone.diagnostics.ci.case import Case, run_case
+from crumplezone.errors import CrumplezoneError
+from crumplezone.reports.records.run import CaseRecord, Ending
+
+# A runner has all that this process has read and imported, and starts at once.
+_FORK = multiprocessing.get_context("fork")
+_PR_SET_PDEATHSIG = 1
+_GRACE = 5.0  # seconds in which an idle runner ends by itself
+
+_log = logging.getLogger("crumplezone.ci")
+
+Do = Callable[[Case, Path], CaseRecord]
+
+
+def run_all(
+    cases: Sequence[Case], jobs: int, store: Path, log: logging.Handler, do: Do = run_case
+) -> Generator[CaseRecord, None, None]:
+    """Run cases, each in one of several processes; yields their records as they come.
+
+    When it is closed, the runners are killed, and with them their cells.
+
+    Args:
+        cases: They are begun in this order.
+        jobs: How many run at once.
+        store: Directory of the crash reports.
+        log: Is given the log records of all runners.
+        do: What a runner does with a case.
+
+    Raises:
+        CrumplezoneError: No process could be had, and none is running.
+    """
+    waiting, runners, started = deque(cases), list[_Runner](), 0
+    try:
+        while waiting or runners:
+            while waiting and len(runners) < jobs:
+                started += 1
+                try:
+                    runners.append(_Runner(f"runner-{started}", store, log, do))
+                except OSError as error:
+                    if not runners:
+                        remedy = "free processes or file descriptors, and go on with --resume"
+                        raise CrumplezoneError(f"no runner could be started ({error}): {remedy}") from error
+                    jobs = len(runners)  # then fewer at once
+                else:
+                    runners[-1].give(waiting.popleft())
+            ready = wait([runner.line for runner in runners])
+            for runner in [each for each in runners if each.line in ready]:
+                yield runner.take()
+                if waiting and not runner.dead:
+                    runner.give(waiting.popleft())
+                else:
+                    runners.remove(runner)
+                    runner.close()
+    finally:
+        for runner in runners:
+            runner.close()
+
+
+class _Relay(logging.Handler):
+    """Hands the records of one runner to the log of the run, under its lock, and never closes that."""
+
+    def __init__(self, log: logging.Handler) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.handle(record)
+
+
+class _Wire:
+    """What a `MultiProcessingHandler` needs of its queue: what was put is sent, and a runner's end ends it.
+
+    With `multiprocessing.Queue`, a thread of the runner sends what is put. A runner that is killed takes its
+    latest records along, but the queue's semaphore counts them for ever: the handler's `close` would wait for
+    them (5 s), and its thread would never end.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self.writer = _FORK.Pipe(duplex=False)
+
+    def put_nowait(self, record: logging.LogRecord) -> None:
+        self.writer.send(record)  # by one thread at a time: a handler has a lock
+
+    def get(self, timeout: float) -> object:
+        if not self._reader.poll(timeout):
+            raise queue.Empty
+        return self._reader.recv()
+
+    def qsize(self) -> int:
+        return int(self._reader.poll(0))
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def join_thread(self) -> None:
+        """There is none."""
+
+
+class _Runner:
+    """One process. Each has a log handler of its own: it may die in the middle of a record."""
+
+    def __init__(self, name: str, store: Path, log: logging.Handler, do: Do) -> None:
+        self.dead = False
+        self._case: Case | None = None
+        self._handler = MultiProcessingHandler(name, _Relay(log))
+        self._handler.queue = wire = _Wire()
+        self.line, theirs = _FORK.Pipe()
+        arguments = (theirs, self._handler, store, os.getpid(), do)
+        self._process = _FORK.Process(target=_serve, args=arguments, name=name, daemon=True)
+        try:
+            self._process.start()
+        except BaseException:
+            self.line.close()
+            self._handler.close()
+            raise
+        finally:  # no later runner may inherit these: their ends of file tell of this one's death
+            theirs.close()
+            wire.writer.close()
+
+    def give(self, case: Case) -> None:
+        """Have it run a case. If it is dead by now, `take` says so."""
+        self._case = case
+        self._send(case)
+
+    def take(self) -> CaseRecord:
+        """The record of its case; that it died, if it did."""
+        case, self._case = self._case, None
+        assert case is not None
+        try:
+            return msgspec.msgpack.decode(self.line.recv_bytes(), type=CaseRecord)
+        except (EOFError, OSError):
+            self.dead = True
+            self._process.join()
+            code = self._process.exitcode
+            how = f"was killed by {_signal(-code)}" if code and code < 0 else f"exited with {code}"
+            detail = f"the process {self._process.pid} that ran this case {how}; nothing is known of the case"
+            _log.error("%s: %s", case.id, detail)
+            return _unknown(case, detail)
+
+    def close(self) -> None:
+        """End it: an idle one by itself, so that its last log records come, any other at once."""
+        if self._case is None and not self.dead:
+            self._send(None)
+            self._process.join(_GRACE)
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self.line.close()
+        self._handler.close()
+
+    def _send(self, case: Case | None) -> None:
+        try:
+            self.line.send(case)
+        except OSError:  # it is dead: `take` finds out how
+            return
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _unknown(case: Case, detail: str) -> CaseRecord:
+    return CaseRecord(case.id, case.model.name, case.shape, Ending.ERROR, detail=detail)
+
+
+def _serve(line: Connection, handler: logging.Handler, store: Path, parent: int, do: Do) -> None:
+    """A runner: cases come, records go, until there is None to do."""
+    _die_with(parent)
+    os.setpgid(0, 0)  # the terminal's ctrl-C is for the run to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as is its SIGTERM
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    logging.getLogger("llama.cpp").setLevel(logging.WARNING)
+    while (case := line.recv()) is not None:
+        _log.info("%s: begins", case.id)
+        try:
+            record = do(case, store)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next case is another
+            _log.exception("%s: could not be run", case.id)
+            record = _unknown(case, f"could not be run ({type(error).__name__}: {error}); see run.log")
+        what = record.detail and f": {record.detail}"
+        _log.info("%s: %s in %.0f ms%s", case.id, record.ending.value, record.ms, what)
+        line.send_bytes(msgspec.msgpack.encode(record))
+
+
+def _die_with(parent: int) -> None:
+    """Be killed when the run is. Its cells die with this process in turn.
+
+    The kernel sends the signal when the *thread* ends that forked this process (prctl(2)): it is the one that
+    iterates over `run_all`, which kills its runners before it ends.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
+        os.kill(os.getpid(), signal.SIGKILL)

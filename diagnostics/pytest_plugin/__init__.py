@@ -1,0 +1,1 @@
+"""pytest --crumple: every test in a cell of its own."""

@@ -1,0 +1,1 @@
+"""A report, run again: replayed, minimised, as a script."""

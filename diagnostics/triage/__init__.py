@@ -1,0 +1,1 @@
+"""Listing, grouping and comparing reports."""

@@ -1,0 +1,1 @@
+"""A report or a run as text, Markdown, SARIF, JUnit, a bundle."""

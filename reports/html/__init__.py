@@ -1,0 +1,1 @@
+"""A run or a pile of reports as one HTML page."""

@@ -1,0 +1,1 @@
+"""What is on disk, as types: a crash report, a diagnostic run."""

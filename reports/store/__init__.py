@@ -1,0 +1,1 @@
+"""Where reports lie: written atomically, indexed, shrunk in a storm, pruned."""

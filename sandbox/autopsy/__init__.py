@@ -1,0 +1,1 @@
+"""What is found out about a process that crashed, hung or was killed."""

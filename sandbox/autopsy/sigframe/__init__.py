@@ -1,0 +1,1 @@
+"""The kernel's signal frame of a held process: registers and fault address."""

@@ -1,0 +1,1 @@
+"""A supervised process to call: cells, the zygote that forks them, spares, armed programs."""

@@ -1,0 +1,288 @@
+"""A cell: one supervised child process that answers typed requests, or dies with an incident."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import select
+import signal
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from crumplezone.errors import CellDied, CellRefused, UsageError
+from crumplezone.reports.records.report import Exit, Frame
+from crumplezone.sandbox.autopsy import autopsy
+from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.sandbox.ipc.arena import Arena
+from crumplezone.sandbox.ipc.channel import (
+    Answer,
+    Ask,
+    Call,
+    Channel,
+    ChannelClosed,
+    Failure,
+    FromChild,
+    ProtocolError,
+    Ready,
+    Reply,
+    Start,
+)
+from crumplezone.sandbox.process.cgroup import oom_kills
+from crumplezone.sandbox.process.drain import abandon, drained
+from crumplezone.sandbox.process.launch import spawn
+from crumplezone.sandbox.process.process import POLL_MAX, Process
+
+_CLOSE_GRACE_MS = 500
+_CLOSED = "this cell was closed by another thread in the middle of a call"
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """What a cell runs, and its limits.
+
+    Attributes:
+        target: ``"package.module:callable"``, imported in the child.
+        config: Given to the target there.
+        start_deadline: Seconds until it must be ready.
+        memory_limit: Bytes of resident memory above which it is killed, or None. A page counts in every cell
+            that has it mapped, shared or not, so the limit is the same for a spawned and for a forked cell.
+        env: Added to the child's environment.
+    """
+
+    target: str
+    config: msgspec.Struct
+    start_deadline: float = 120.0
+    memory_limit: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def _caller_stack() -> list[Frame]:
+    here = [f for f in traceback.extract_stack(limit=48) if f.filename != __file__]
+    return [Frame(symbol=f.name, file=f.filename, line=f.lineno or 0) for f in reversed(here)]
+
+
+class Cell:
+    """A running cell. Use it from one thread at a time.
+
+    Args:
+        spec: What to run.
+        start: Starts its process, given what is added to the environment.
+
+    Raises:
+        CellRefused: The target raised an exception while it was built.
+        CellDied: It died while it started.
+        OSError: No process or descriptor could be had.
+    """
+
+    def __init__(self, spec: CellSpec, start: Callable[[Mapping[str, str]], Process] = spawn) -> None:
+        self._owner = os.getpid()
+        self._next_id = 1
+        self._oom_kills = oom_kills()
+        self._phase = "start"
+        self._process = process = start(spec.env)
+        self._drain = drained(process, spec.memory_limit)
+        self._finalizer = weakref.finalize(self, abandon, process, self._drain, self._owner)
+        self._channel = Channel(process.lines.sock, FromChild)
+        self._poller, self._idle = select.poll(), select.poll()
+        for fd in (process.lines.fault_fd, process.pidfd):
+            self._idle.register(fd, select.POLLIN)
+            self._poller.register(fd, select.POLLIN)
+        self._poller.register(process.lines.sock.fileno(), select.POLLIN)
+        first = Start(spec.target, msgspec.Raw(msgspec.msgpack.encode(spec.config)))
+        frame = self._exchange(first, spec.start_deadline)
+        if isinstance(frame, Failure):
+            self.close()
+            raise CellRefused(frame.kind, frame.message)
+        if not isinstance(frame, Ready):
+            raise self._broken("sent another frame before it was ready")
+        self._info = frame.info
+        self._phase = "call"
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be sent."""
+        return self._finalizer.alive
+
+    @property
+    def arena(self) -> Arena:
+        """The memory shared with the child."""
+        return self._process.lines.arena
+
+    def info(self, kind: type[_T]) -> _T:
+        """The service's description of itself, checked against a type."""
+        try:
+            return msgspec.msgpack.decode(self._info, type=kind)
+        except msgspec.MsgspecError as error:
+            raise self._broken(f"described itself wrongly: {error}") from error
+
+    def call(
+        self,
+        request: msgspec.Struct,
+        reply: type[_T],
+        deadline: float | None,
+        on_ask: Callable[[msgspec.Raw], msgspec.Struct] | None = None,
+        fds: Sequence[int] = (),
+    ) -> _T:
+        """Send one request and wait for its reply in the calling thread.
+
+        Args:
+            request: A struct of the service's request type.
+            reply: Type that the answer must have.
+            deadline: Seconds until the cell counts as hung, or None to wait for ever. They begin anew after
+                each question, and do not run while it is being answered.
+            on_ask: Called with each question that the service asks meanwhile; returns the answer. It may
+                make calls of its own. What it raises ends this call, and the cell lives.
+            fds: Descriptors to be sent behind the request, to a service that receives them.
+
+        Raises:
+            CellRefused: The service raised an exception; the cell lives.
+            CellDied: The cell was lost. Its incident holds the evidence.
+            UsageError: The cell is closed, or belongs to another process.
+        """
+        if not self.alive or os.getpid() != self._owner:
+            raise UsageError("this cell is closed, or was made before a fork: make a new one")
+        call_id = self._next_id
+        self._next_id += 1
+        failed: list[BaseException] = []
+        call = Call(call_id, msgspec.Raw(msgspec.msgpack.encode(request)))
+        try:
+            frame = self._exchange(call, deadline, fds)
+            while on_ask and isinstance(frame, Ask) and frame.id == call_id:
+                frame = self._exchange(self._answer(frame, on_ask, failed), deadline)
+        except CellDied:
+            raise
+        except BaseException:  # an interrupted call would leave its reply in the socket for the next one
+            self.close()
+            raise
+        if failed:
+            raise failed[0]
+        if isinstance(frame, Failure) and frame.id == call_id:
+            raise CellRefused(frame.kind, frame.message)
+        if not isinstance(frame, Reply) or frame.id != call_id:
+            raise self._broken("answered another request than the one it was sent")
+        try:
+            return msgspec.msgpack.decode(frame.body, type=reply)
+        except msgspec.MsgspecError as error:
+            raise self._broken(f"sent a reply that does not decode: {error}") from error
+
+    def _answer(
+        self, ask: Ask, on_ask: Callable[[msgspec.Raw], msgspec.Struct], failed: list[BaseException]
+    ) -> Answer:
+        """The answer; none from the first exception on, which `call` raises when the service has ended."""
+        answer = Answer()
+        if not failed:
+            try:
+                answer = Answer(msgspec.Raw(msgspec.msgpack.encode(on_ask(ask.body))))
+            except BaseException as error:
+                if not self.alive:  # lost by a call that was made meanwhile: this is its CellDied
+                    raise
+                failed.append(error)
+        if not self.alive:
+            raise UsageError("this cell was closed while it asked a question")
+        return answer
+
+    def died_idle(self) -> CellDied | None:
+        """The death of a cell while nothing was asked of it, or None: it lives, or its death is known."""
+        if not self.alive or os.getpid() != self._owner:
+            return None
+        if not self._idle.poll(0):  # also POLLHUP: a cell without its fault pipe could not be examined
+            return None
+        self._phase = "idle"
+        return self._gone()
+
+    def watch(self) -> list[int]:
+        """New descriptors, the caller's to close: one of them is readable once `died_idle` would tell of it.
+
+        Raises:
+            OSError: There is no descriptor left.
+        """
+        return [os.dup(self._process.pidfd), os.dup(self._process.lines.fault_fd)]
+
+    def condemn(self, kind: Exit, why: str) -> CellDied:
+        """Give up a cell that answered, but not as it should; returns the error to raise."""
+        return self._lost(condemned=(kind, f"{why}; killed by the supervisor"))
+
+    def kill(self) -> None:
+        """SIGKILL the process, from any thread: who waits for its reply finds it dead."""
+        self._process.signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process and release everything. Idempotent."""
+        if self._finalizer.detach() is None or os.getpid() != self._owner:
+            return
+        with contextlib.suppress(OSError):
+            self._process.lines.sock.close()
+        poller = select.poll()
+        poller.register(self._process.pidfd, select.POLLIN)
+        poller.poll(_CLOSE_GRACE_MS)
+        abandon(self._process, self._drain, self._owner)
+
+    def _exchange(self, frame: msgspec.Struct, deadline: float | None, fds: Sequence[int] = ()) -> object:
+        with contextlib.suppress(ChannelClosed):  # it died between two calls: the wait below finds out how
+            self._channel.send(frame)
+            if fds:
+                self._channel.send_fds(fds)
+        sock, fault = self._process.lines.sock.fileno(), self._process.lines.fault_fd
+        end = None if deadline is None else time.monotonic() + deadline
+        while True:
+            left = None if end is None else min(max(end - time.monotonic(), 0.0), POLL_MAX) * 1000
+            ready = dict(self._poller.poll(left))
+            if ready.get(sock, 0) & select.POLLIN:
+                try:
+                    return self._channel.receive()
+                except ProtocolError as error:
+                    raise self._broken(f"sent a bad frame: {error}") from error
+                except ChannelClosed:
+                    raise self._gone() from None
+            if ready.get(fault, 0) & select.POLLIN:
+                raise self._lost(held=True)
+            if self._process.pidfd in ready or sock in ready:
+                raise self._gone()
+            if fault in ready:  # the child closed its end of the fault pipe, but lives
+                self._poller.unregister(fault)
+            if end is not None and time.monotonic() >= end:
+                raise self.condemn(Exit.HANG, "no reply within the deadline")
+
+    def _gone(self) -> CellDied:
+        """End of file: dead, held (its fault is in the pipe), or alive and silent."""
+        if not self.alive:
+            raise UsageError(_CLOSED)
+        fault, pidfd = self._process.lines.fault_fd, self._process.pidfd
+        poller = select.poll()
+        poller.register(fault, select.POLLIN)
+        poller.register(pidfd, select.POLLIN)
+        ready = dict(poller.poll(_CLOSE_GRACE_MS))
+        if ready.get(fault, 0) & select.POLLIN:
+            return self._lost(held=True)
+        # A dying process closes its descriptors a moment before its pidfd tells of its end.
+        poller.unregister(fault)
+        if pidfd in ready or poller.poll(_CLOSE_GRACE_MS):
+            return self._lost()
+        return self._broken("closed its lines but lives")
+
+    def _broken(self, what: str) -> CellDied:
+        return self.condemn(Exit.PROTOCOL, f"the cell {what}")
+
+    def _lost(self, *, held: bool = False, condemned: tuple[Exit, str] | None = None) -> CellDied:
+        """Hand the process to the autopsy and return the error to raise."""
+        process = self._process
+        if self._finalizer.detach() is None:
+            raise UsageError(_CLOSED)
+        now = dt.datetime.now(dt.UTC)
+        death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, condemned)
+        incident = Incident(self._phase, now, autopsy.begin(death), _caller_stack())
+        how = "crashed" if held else condemned[1] if condemned else "died"
+        return CellDied(f"cell {process.pid}: {how}", incident)

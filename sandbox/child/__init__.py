@@ -1,0 +1,1 @@
+"""The child's side of a cell, a zygote and an armed program."""

@@ -1,0 +1,1 @@
+"""What crosses between supervisor and cell: frames, the arena, the flight recorder."""

@@ -1,0 +1,258 @@
+"""One thread per cell that keeps its stderr and log socket empty, and samples its memory and processor time.
+
+An undrained stderr pipe stops llama.cpp in the middle of a load; an undrained log socket likewise. So a
+second thread hands the log records to the caller's logging, whose handlers may take their time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import select
+import signal
+import socket
+import threading
+import time
+from collections import deque
+
+import msgspec
+import psutil
+
+from crumplezone.reports.records.report import Sample
+from crumplezone.sandbox.ipc.channel import MAX_FRAME, LogLine
+from crumplezone.sandbox.process.process import Process
+
+_STDERR_TAIL = 64 * 1024
+_LOG_TAIL = 200
+_STOP_GRACE = 1.0  # seconds for what was logged last
+_UNDELIVERED_MAX = 4096  # log records that wait for a slow handler; what comes then is only counted
+_FARTHEST = 2.0**37  # seconds since 1970: in the year 6325; formatters can show times up to 9999
+_NAMES_MAX = 256  # logging keeps every logger for ever: a hostile cell must not fill memory with names
+_SAMPLES = 64
+_PERIOD, _PERIOD_WITH_LIMIT = 0.1, 0.02  # seconds between samples, of some 0.06 ms of processor time each
+_MESSAGE_MAX, _TAIL_MESSAGE_MAX, _NAME_MAX, _PATH_MAX = 8192, 2048, 200, 1024
+
+_log = logging.getLogger(__name__)
+
+
+def _bounded(line: LogLine) -> LogLine:
+    """The child keeps these bounds too, but a child is not to be trusted."""
+    return LogLine(
+        line.name[:_NAME_MAX],
+        line.level,
+        line.message[:_MESSAGE_MAX],
+        line.created if 0 <= line.created <= _FARTHEST else time.time(),  # not a number, either
+        line.thread[:_NAME_MAX],
+        line.path[:_PATH_MAX],
+        line.line,
+    )
+
+
+class Tail:
+    """The last 64 KiB of what a process says."""
+
+    def __init__(self) -> None:
+        self._parts: deque[bytes] = deque()
+        self._size = 0
+
+    def add(self, data: bytes) -> None:
+        """Append what was read."""
+        self._parts.append(data)
+        self._size += len(data)
+        while self._size - len(self._parts[0]) >= _STDERR_TAIL:
+            self._size -= len(self._parts.popleft())
+
+    def text(self) -> str:
+        """What is left of it. Another thread may be adding to it."""
+        return b"".join(list(self._parts))[-_STDERR_TAIL:].decode("utf-8", "replace")
+
+
+class Drain:
+    """Bounded tails of what a cell says, and its log records handed to the caller's logging.
+
+    Args:
+        process: The cell's process.
+        memory_limit: Bytes of resident memory above which the cell is killed, or None.
+        stderr: What it says, if somebody else reads that; what comes down its own line is added.
+    """
+
+    def __init__(self, process: Process, memory_limit: int | None, stderr: Tail | None = None) -> None:
+        self.over_memory = False
+        self.peak_rss: int | None = None
+        self._stderr = stderr or Tail()
+        self._logs: deque[str] = deque(maxlen=_LOG_TAIL)
+        self._undelivered: queue.SimpleQueue[LogLine | None] = queue.SimpleQueue()
+        self._dropped = 0
+        self._names: set[str] = set()
+        self._decode = msgspec.msgpack.Decoder(LogLine).decode
+        self._limit = memory_limit
+        self._period = _PERIOD_WITH_LIMIT if memory_limit else _PERIOD
+        self._process = process
+        self._usage: psutil.Process | None = None
+        self._samples: deque[tuple[int, int, float]] = deque(maxlen=_SAMPLES)
+        os.set_blocking(process.lines.stderr_fd, False)
+        process.lines.log.setblocking(False)
+        self._deliverer = threading.Thread(target=self._deliver, name=f"logs-{process.pid}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"drain-{process.pid}", daemon=True)
+        self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self._deliverer.start()
+            self._thread.start()
+        except BaseException:  # no thread could be had
+            self._undelivered.put(None)
+            self._close()
+            raise
+
+    def stop(self) -> None:
+        """Read what is left, then end the threads. Call once the cell is reaped."""
+        os.write(self._stop_write, b".")
+        self._thread.join()
+        self._close()
+        self._undelivered.put(None)
+        # A caller's logging handler may hold it. It then ends by itself, if the handler ever returns.
+        self._deliverer.join(_STOP_GRACE)
+
+    def _close(self) -> None:
+        os.close(self._stop_read)
+        os.close(self._stop_write)
+
+    def stderr_tail(self) -> str:
+        """The last 64 KiB of the cell's stdout and stderr."""
+        return self._stderr.text()
+
+    def log_tail(self) -> list[str]:
+        """The last log records, one line each, and how many never reached the caller's logging."""
+        dropped = (
+            [f"({self._dropped} records were dropped: a logging handler is slow)"] if self._dropped else []
+        )
+        return [*self._logs, *dropped]
+
+    def samples(self, end: int) -> list[Sample]:
+        """Memory and processor time up to ``end`` (CLOCK_MONOTONIC, nanoseconds), oldest first."""
+        return [
+            Sample(round((end - at) / 1e6, 1), rss, cpu) for at, rss, cpu in list(self._samples) if at <= end
+        ]
+
+    def _run(self) -> None:
+        err, log = self._process.lines.stderr_fd, self._process.lines.log
+        poller = select.poll()
+        for fd in (err, log.fileno(), self._stop_read):
+            poller.register(fd, select.POLLIN)
+        due = 0.0
+        while True:
+            now = time.monotonic()
+            if now >= due:
+                self._sample()
+                due = now + self._period
+            ready = {fd for fd, _ in poller.poll((due - now) * 1000)}
+            if err in ready and not self._read_stderr(err):
+                poller.unregister(err)
+            if log.fileno() in ready and not self._read_log(log):
+                poller.unregister(log)
+            if self._stop_read in ready:
+                # One bounded read more: a grandchild may hold the pipe open and write for ever.
+                self._read_stderr(err)
+                self._read_log(log)
+                return
+
+    def _read_stderr(self, fd: int) -> bool:
+        for _ in range(64):
+            try:
+                data = os.read(fd, 65536)
+            except BlockingIOError:
+                return True
+            if not data:
+                return False
+            self._stderr.add(data)
+        return True
+
+    def _read_log(self, log: socket.socket) -> bool:
+        for _ in range(256):
+            try:
+                data = log.recv(MAX_FRAME)
+            except BlockingIOError:
+                return True
+            except ConnectionResetError:
+                return False
+            if not data:
+                return False
+            try:
+                line = _bounded(self._decode(data))
+            except msgspec.MsgspecError:
+                what = f"cell {self._process.pid} sent a log record that does not decode"
+                line = LogLine(__name__, logging.WARNING, what, time.time())
+            level = logging.getLevelName(line.level)
+            self._logs.append(f"{level} {line.name}: {line.message[:_TAIL_MESSAGE_MAX]}")
+            if self._undelivered.qsize() < _UNDELIVERED_MAX:
+                self._undelivered.put(line)
+            else:
+                self._dropped += 1
+        return True
+
+    def _deliver(self) -> None:
+        while (line := self._undelivered.get()) is not None:
+            try:
+                self._log(line)
+            except Exception:  # noqa: BLE001 - a caller's logging handler raised: keep delivering
+                _log.debug("a log record could not be delivered", exc_info=True)
+
+    def _log(self, line: LogLine) -> None:
+        name = line.name
+        if name not in self._names:
+            if len(self._names) >= _NAMES_MAX:
+                name = __name__
+            self._names.add(name)
+        logger = logging.getLogger(name)
+        if logger.isEnabledFor(line.level):
+            record = logging.LogRecord(name, line.level, line.path, line.line, line.message, (), None)
+            record.created = line.created
+            record.msecs = line.created % 1 * 1000
+            record.threadName = line.thread
+            record.process = self._process.pid
+            record.processName = "cell"
+            logger.handle(record)
+
+    def _sample(self) -> None:
+        try:
+            self._usage = usage = self._usage or psutil.Process(self._process.pid)
+            with usage.oneshot():
+                rss, times = usage.memory_info().rss, usage.cpu_times()
+        except (psutil.Error, OSError):  # it is gone, or there is no descriptor to open /proc with
+            return
+        if not rss:  # it has ended and waits to be reaped
+            return
+        self._samples.append((time.monotonic_ns(), rss, times.user + times.system))
+        self.peak_rss = max(self.peak_rss or 0, rss)
+        if self._limit and rss > self._limit and not self.over_memory:
+            self.over_memory = True
+            self._process.signal(signal.SIGKILL)
+
+
+def drained(process: Process, memory_limit: int | None, stderr: Tail | None = None) -> Drain:
+    """Drain a process that was just started; what raises has ended it.
+
+    Raises:
+        OSError, RuntimeError, MemoryError: No thread or descriptor could be had.
+    """
+    try:
+        return Drain(process, memory_limit, stderr)
+    except BaseException:
+        process.kill()
+        process.close()
+        raise
+
+
+def abandon(process: Process, drain: Drain, owner: int) -> None:
+    """End a process that nobody needs any more, and release all that there is of it.
+
+    Args:
+        process: The process.
+        drain: What drains it.
+        owner: Process id of its supervisor; a fork of that has inherited the objects, but not the process.
+    """
+    if os.getpid() != owner:
+        return
+    process.kill()
+    drain.stop()
+    process.close()

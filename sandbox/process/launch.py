@@ -1,0 +1,169 @@
+"""A cell's process and the lines to it. `launch` makes the lines; who starts the process is its argument."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from crumplezone.sandbox.ipc.arena import Arena
+from crumplezone.sandbox.process.lines import Ends, Lines, fault_pipe, open_lines, socket_pair
+from crumplezone.sandbox.process.process import Child, Process, reap_own
+
+
+class Starter:
+    """Starts processes until it is stopped; one that is not ready by then is killed, and its start fails.
+
+    Args:
+        start: Starts one, given what is added to its environment.
+    """
+
+    def __init__(self, start: Callable[[Mapping[str, str]], Process]) -> None:
+        self._start = start
+        self._lock = threading.RLock()  # the collector may call `stop` in the middle of anything
+        self._starting: Process | None = None
+        self._stopped = False
+
+    def __call__(self, env: Mapping[str, str]) -> Process:
+        """Start one."""
+        process = self._start(env)
+        with self._lock:
+            self._starting = process
+            if self._stopped:
+                process.signal(signal.SIGKILL)
+        return process
+
+    def ready(self) -> None:
+        """The latest one is ready: `stop` leaves it alone."""
+        with self._lock:
+            self._starting = None
+
+    def stop(self) -> None:
+        """Start no more. Idempotent, and thread-safe."""
+        with self._lock:
+            self._stopped = True
+            if self._starting:
+                self._starting.signal(signal.SIGKILL)
+
+
+def import_path() -> str:
+    """This process's import path as PYTHONPATH: what imports here must import in a child."""
+    return os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a cell."""
+    # A thread that waits for another spins so often before it sleeps; libgomp's 300,000 times are 3 ms. Where
+    # something else computes as well, most of a decode's thousand waits last that long (docs/performance.md).
+    spins = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "2000"}
+    return {
+        **spins,
+        **os.environ,
+        "PYTHONPATH": import_path(),
+        "GGML_NO_BACKTRACE": "1",  # an abort would fork gdb and flood stderr
+        "OPENBLAS_NUM_THREADS": "1",  # numpy's threads are not wanted in a cell
+        "PYTHONUNBUFFERED": "1",
+        **extra,
+    }
+
+
+@contextlib.contextmanager
+def stdio_taken() -> Iterator[None]:
+    """Have no descriptor made in here be 0, 1 or 2, in a process that has closed some of these.
+
+    A child's stdio would overwrite them, and whoever prints in this process would write into them.
+    """
+    with contextlib.ExitStack() as taken:
+        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+            taken.callback(os.close, fd)
+        os.close(fd)
+        yield
+
+
+def launch(start: Callable[[Ends], Child]) -> Process:
+    """Make the lines to a new process, and have it started with its ends of them.
+
+    Args:
+        start: Starts it. The ends are closed here when it returns; what it raises closes everything.
+
+    Raises:
+        OSError: The process or one of its descriptors could not be made.
+    """
+    with stdio_taken(), contextlib.ExitStack() as child_ends, contextlib.ExitStack() as ours:
+        # Each is registered before the next is made: there may be no descriptor left for that.
+        sock, child_sock = socket_pair(ours, child_ends)
+        log, child_log = socket_pair(ours, child_ends)
+        fault_read, fault_write, refused = fault_pipe()
+        ours.callback(os.close, fault_read)
+        child_ends.callback(os.close, fault_write)
+        parent_read, parent_write = os.pipe2(os.O_CLOEXEC)
+        ours.callback(os.close, parent_write)
+        child_ends.callback(os.close, parent_read)
+        err_read, err_write = os.pipe2(os.O_CLOEXEC)
+        ours.callback(os.close, err_read)
+        child_ends.callback(os.close, err_write)
+        arena = Arena()
+        ours.callback(arena.close)
+        ends = Ends(child_sock.fileno(), child_log.fileno(), fault_write, parent_read, arena.fd, err_write)
+        child = start(ends)
+        lines = Lines(sock, log, fault_read, parent_write, err_read, arena)
+        open_lines.add(lines)
+        ours.pop_all()
+        return Process(child.pid, child.pidfd, child.reap, lines, child.leads, refused)
+
+
+def spawn(env: Mapping[str, str]) -> Process:
+    """Start a new interpreter that runs `crumplezone.sandbox.child.loop`.
+
+    Args:
+        env: Added to its environment.
+
+    Raises:
+        OSError: The process or one of its descriptors could not be made.
+    """
+    return launch(functools.partial(_execute, env))
+
+
+def _execute(env: Mapping[str, str], ends: Ends) -> Child:
+    *fds, output = ends
+    popen = subprocess.Popen(
+        [sys.executable, "-P", "-m", "crumplezone.sandbox.child.loop", *map(str, fds)],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        stdout=output,  # native code that prints must not write into the caller's output
+        stderr=output,
+        env=environment(env),
+        process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
+    )
+    return child_of(popen)
+
+
+def child_of(popen: subprocess.Popen[bytes], *, leads: bool = True) -> Child:
+    """A process that was just started, from now on in other hands than Popen's.
+
+    Args:
+        popen: Its handle.
+        leads: As in `Child`.
+
+    Raises:
+        OSError: There is no descriptor left; it has been ended.
+    """
+    try:
+        pidfd = os.pidfd_open(popen.pid)
+    except BaseException:
+        popen.kill()
+        popen.wait()
+        raise
+
+    def reap() -> int | None:
+        code = reap_own(pidfd)
+        popen.returncode = code or 0  # Popen must not wait for it again
+        return code
+
+    return Child(popen.pid, pidfd, reap, leads)

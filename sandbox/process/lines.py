@@ -1,0 +1,88 @@
+"""The lines between a supervisor and a process: sockets, pipes, the arena."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import weakref
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from crumplezone.reports.records.report import Step
+from crumplezone.sandbox.ipc.arena import Arena
+
+
+@dataclass(eq=False)
+class Lines:
+    """The supervisor's ends of everything that connects it to one cell."""
+
+    sock: socket.socket
+    log: socket.socket
+    fault_fd: int  # read end of the fault pipe
+    parent_fd: int  # write end; closing it kills the cell
+    stderr_fd: int
+    arena: Arena
+
+    def close(self) -> None:
+        """Close every descriptor, once."""
+        self.sock.close()
+        self.log.close()
+        self.arena.close()
+        for name in ("fault_fd", "parent_fd", "stderr_fd"):
+            fd = getattr(self, name)
+            setattr(self, name, -1)
+            if fd >= 0:
+                os.close(fd)
+
+
+open_lines: weakref.WeakSet[Lines] = weakref.WeakSet()
+
+
+def _close_in_fork() -> None:
+    # A forked copy of the supervisor would keep the parent pipe open and the cells alive after its death.
+    for lines in list(open_lines):
+        with contextlib.suppress(OSError):
+            lines.close()
+
+
+os.register_at_fork(after_in_child=_close_in_fork)
+
+
+class Ends(NamedTuple):
+    """The child's ends, in the order in which it is given them."""
+
+    sock: int
+    log: int
+    fault: int
+    parent: int
+    arena: int
+    output: int  # its stdout and stderr
+
+
+def fault_pipe() -> tuple[int, int, list[Step]]:
+    """A pipe that holds its writer at the second write, or else one that only carries faulthandler's text."""
+    try:
+        # A packet pipe gives each write() a slot of its own; one page is one slot (pipe(2), O_DIRECT).
+        read, write = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        read, write = os.pipe2(os.O_CLOEXEC)
+        remedy = "a kernel and a seccomp profile that allow pipe2 with O_DIRECT (Linux >= 3.4)"
+        return read, write, [Step("hold (packet pipe)", False, detail=str(error), remedy=remedy)]
+    try:
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    except OSError as error:
+        remedy = "a seccomp profile that allows fcntl with F_SETPIPE_SZ"
+        return read, write, [Step("hold (one slot)", False, detail=str(error), remedy=remedy)]
+    return read, write, []
+
+
+def socket_pair(
+    ours: contextlib.ExitStack, child_ends: contextlib.ExitStack
+) -> tuple[socket.socket, socket.socket]:
+    """Ours and the child's, each closed by a stack of its own."""
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.callback(pair[0].close)
+    child_ends.callback(pair[1].close)
+    return pair

@@ -1,0 +1,1 @@
+"""crumplezone triage: reports listed, shown, exported, run again."""

@@ -1,0 +1,73 @@
+"""A llama.cpp cell, and a zygote, that answer in the right form, but with things that cannot be."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+
+from crumplezone.sandbox.child.fork_server import Fork, Forked, Nursery
+from crumplezone.workers.native.decode_cell import LlamaCell
+from crumplezone.workers.protocol.messages import Generated, Progress, Request, Tokenize, Tokenized
+
+TARGET = "tests.support.native.liars:Liar"
+VARIABLE = "CRUMPLEZONE_TEST_LIE"  # names a file that names the lie
+
+
+class Liar(LlamaCell):
+    """Lies once, unless the lie is told ``always``."""
+
+    def handle(self, request: Request) -> msgspec.Struct:
+        told = super().handle(request)
+        file = Path(os.environ[VARIABLE])
+        lie, _, how_often = file.read_text().partition(" ")
+        if isinstance(request, Tokenize) and lie == "tokens":
+            told = Tokenized(request.n_bytes + 17)
+        elif isinstance(told, Generated) and lie not in ("", "tokens"):
+            truth, told = told, Generated(0, getattr(self, lie)(told.progress))
+            if told == truth:
+                return told
+        else:
+            return told
+        if how_often != "always":
+            file.write_text("")
+        return told
+
+    def stranger(self, _: list[Progress]) -> list[Progress]:
+        return [Progress(77, [5], b"")]
+
+    def nobody(self, _: list[Progress]) -> list[Progress]:
+        return []
+
+    def nothing(self, told: list[Progress]) -> list[Progress]:
+        return [Progress(each.seq_id, [], b"") for each in told]
+
+    def twice(self, told: list[Progress]) -> list[Progress]:
+        return told + told
+
+    def too_much(self, told: list[Progress]) -> list[Progress]:
+        return [Progress(each.seq_id, [5] * 100, b"", "length") for each in told]
+
+    def no_end(self, told: list[Progress]) -> list[Progress]:
+        return [Progress(each.seq_id, each.tokens, each.text) for each in told]
+
+    def no_token(self, told: list[Progress]) -> list[Progress]:
+        return [Progress(each.seq_id, [128], b"") for each in told]
+
+
+class Changeling(Nursery):
+    """A zygote that once names another process than the one it forked, or dies before it names any."""
+
+    def _fork(self, request: Fork) -> Forked:
+        forked = super()._fork(request)
+        file = Path(os.environ[VARIABLE])
+        lie = file.read_text()
+        file.write_text("")
+        if not lie:
+            return forked
+        file.with_suffix(".forked").write_text(str(forked.pid))
+        if lie == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Forked(int(lie))

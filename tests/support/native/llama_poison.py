@@ -1,0 +1,55 @@
+"""A `Llama` cell that dies for real, in the middle of its native decoding, when it is told to."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from crumplezone.sandbox.child.loop import Room
+from crumplezone.workers.native.llama_cell import LlamaHost
+
+TARGET = "tests.support.native.llama_poison:PoisonHost"
+VARIABLE = "CRUMPLEZONE_TEST_LLAMA_POISON"
+
+
+class Dose(msgspec.Struct, frozen=True):
+    """When to die, and how. Cells read it from the environment variable `VARIABLE`."""
+
+    min_tokens: int = 1  # only with so many tokens in one native call
+    at: int = 0  # only from this position on
+    once: str = ""  # a file that the first death makes; there is no second one
+    how: str = "segv"  # segv or hang
+
+
+class PoisonHost(LlamaHost):
+    """A `LlamaHost` with a `Dose`."""
+
+    def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:
+        super().__init__(config, room)
+        dose = msgspec.json.decode(os.environ[VARIABLE], type=Dose)
+        context: Any = self._llama._ctx
+        decode = context.decode
+
+        def dosed(batch: Any) -> None:
+            late = batch.batch.pos[batch.batch.n_tokens - 1] >= dose.at
+            if late and batch.batch.n_tokens >= dose.min_tokens and self._first(dose):
+                if dose.how == "hang":
+                    signal.pause()
+                ctypes.memset(0x18, 1, 1)
+            decode(batch)
+
+        context.decode = dosed
+
+    def _first(self, dose: Dose) -> bool:
+        if not dose.once:
+            return True
+        try:
+            Path(dose.once).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True

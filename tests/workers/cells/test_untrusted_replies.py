@@ -1,0 +1,78 @@
+"""Cells that were taken over: what they say in the right form is held against what they were asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crumplezone import Rung
+from crumplezone.errors import SequenceError
+from crumplezone.reports.records.report import Exit
+from crumplezone.reports.store.store import Store
+from crumplezone.workers.cells.decode_client import Runner
+from tests.support.decoders import PROMPTS, Open, outcome, reports_of
+from tests.support.native import liars
+
+LIES = {
+    "stranger": "told of the sequences [77], [0, 1] are in flight",
+    "nobody": "told of the sequences [], [0, 1] are in flight",
+    "twice": "told of the sequences [0, 1, 0, 1], [0, 1] are in flight",
+    "nothing": "told of no token although every prompt has been read",
+    "too_much": "went on with sequence 0 after its last token",
+    "no_end": "went on with sequence 0 after its last token",
+    "no_token": "made up a token for sequence 0: the model has 128",
+}
+
+Tell = Callable[[str], object]
+
+
+@pytest.fixture
+def tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tell:
+    """Let the cells that start from now on tell a lie, once or ``always``."""
+    file = tmp_path / "lie"
+    monkeypatch.setattr(Runner.__init__, "__defaults__", (liars.TARGET,))
+    monkeypatch.setenv(liars.VARIABLE, str(file))
+    file.touch()
+    return lambda lie: file.write_text(lie)
+
+
+def test_a_lie_costs_the_cell_and_no_prompt(tiny: Path, make: Open, store: Store, tell: Tell) -> None:
+    decoder = make(tiny, 2, deadline=30)
+    honest = list(decoder.generate(PROMPTS[:2], max_tokens=8))
+    assert [c.rung for c in honest] == [Rung.NATIVE, Rung.NATIVE]
+    for lie in LIES:
+        tell(lie)
+        completions = list(decoder.generate(PROMPTS[:2], max_tokens=8))
+        assert outcome(completions) == outcome(honest)
+        assert [(c.error, bool(c.reports)) for c in completions] == [(None, True)] * 2
+    evidence = [report.evidence for report in reports_of(decoder, store)]
+    assert {each.exit for each in evidence} == {Exit.PROTOCOL}
+    found = [f"the cell {problem}; killed by the supervisor" for problem in LIES.values()]
+    assert [each.detail for each in evidence] == found
+
+
+def test_a_cell_that_always_lies_ends(tiny: Path, make: Open, store: Store, tell: Tell) -> None:
+    tell("nothing always")
+    decoder = make(tiny, 2, deadline=30)
+    completions = list(decoder.generate(PROMPTS[:3], max_tokens=8))
+    for completion in completions:
+        assert isinstance(completion.error, SequenceError)
+        assert (completion.finish_reason, completion.tokens) == ("error", [])
+    written = reports_of(decoder, store)
+    rungs = ["native", "safe", "token", "safe", "token", "native", "safe", "token"]  # two prompts at a time
+    assert [(report.rung, report.evidence.exit) for report in written] == [
+        (rung, Exit.PROTOCOL) for rung in rungs
+    ]
+
+
+def test_more_tokens_than_a_text_can_have(tiny: Path, make: Open, store: Store, tell: Tell) -> None:
+    tell("tokens always")
+    decoder = make(tiny, 2, deadline=30, awake=False)
+    (completion,) = decoder.generate(["abc"], max_tokens=8)
+    assert isinstance(completion.error, SequenceError)
+    written = reports_of(decoder, store)
+    assert [report.evidence.detail for report in written] == [
+        "the cell made 20 tokens of 3 bytes; killed by the supervisor"
+    ] * 2

@@ -1,0 +1,181 @@
+"""Supervisor side: one running cell, and where the next one comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from crumplezone.errors import CellDied, CellRefused, ContextError, CrumplezoneError, ModelError, UsageError
+from crumplezone.reports.formats import text
+from crumplezone.reports.records.report import Evidence, Report
+from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.sandbox.cells.cell import Cell, CellSpec
+from crumplezone.sandbox.cells.spares import Supply
+from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.workers.incidents.reporter import Reporter
+from crumplezone.workers.model.file import check_file
+from crumplezone.workers.model.limits import Limits
+from crumplezone.workers.protocol.messages import Warm, Warmed
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+class Source:
+    """A cell that is started when it is needed, and replaced when it has died. Use it from one thread.
+
+    Args:
+        target: What the cell runs. With spares, it answers `Warm`.
+        config: Given to the target; its ``model`` is the path of the model.
+        limits: Of every cell.
+        reporter: Where the deaths are reported that no call meets; None to raise those that a start meets.
+        zygote: What forks the cells; None: they are spawned.
+        spares: Warm cells in reserve.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        config: Any,
+        limits: Limits,
+        reporter: Reporter | None,
+        zygote: Zygote | None = None,
+        spares: int = 0,
+    ) -> None:
+        self.config = config
+        self._target, self._limits, self._reporter, self._zygote = target, limits, reporter, zygote
+        self._supply = Supply(
+            self._spec(),
+            zygote,
+            spares,
+            functools.partial(_warm, limits.deadline),
+            functools.partial(report_idle, reporter, config),
+        )
+        self._cell: Cell | None = None
+        self._shut = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running cell, if there is one."""
+        return self._cell.pid if self._cell and self._cell.alive else None
+
+    @property
+    def spare_pids(self) -> list[int]:
+        """Process ids of the spares."""
+        return self._supply.pids
+
+    def foresee(self, kind: type[_T]) -> _T:
+        """What a cell says of itself. A zygote that has its configuration knows as well.
+
+        Raises:
+            ModelError, CrumplezoneError, CellDied, UsageError: As `start`.
+        """
+        found = None
+        if self._zygote:
+            with self._translated():
+                found = self._zygote.info(kind)
+        return self.start().info(kind) if found is None else found
+
+    def start(self) -> Cell:
+        """The running cell, where a job begins; a new one if there is none, or if it died while it waited.
+
+        Raises:
+            ModelError: The model or the context could not be made.
+            CrumplezoneError: The machine has no process or descriptor for it.
+            CellDied: The loader crashed, and there is no reporter.
+            UsageError: It was shut.
+        """
+        if self._cell and (died := self._cell.died_idle()):
+            report_idle(self._reporter, self.config, died.incident)
+        return self.running()
+
+    def running(self) -> Cell:
+        """As `start`, but in the middle of a job: a cell that died since its latest call is not replaced.
+
+        Raises:
+            ModelError, CrumplezoneError, CellDied, UsageError: As `start`.
+        """
+        if self._shut:
+            raise UsageError("this decoder is closed: make a new one")
+        if self._cell is None or not self._cell.alive:
+            self._cell = self._taken()
+        return self._cell
+
+    def renew(self, config: Any) -> None:
+        """Cells from now on have this configuration."""
+        self.config = config
+        self._supply.renew(self._spec())
+
+    def stocked(self, timeout: float) -> bool:
+        """Wait until every spare is there; False if that takes longer (seconds), or none is made any more."""
+        return self._supply.stocked(timeout)
+
+    def close(self) -> None:
+        """End the running cell; the next start has another."""
+        if self._cell is not None:
+            self._cell.close()
+
+    def shut(self) -> None:
+        """End every cell, for good."""
+        self._shut = True
+        self._supply.close()
+        self.close()
+
+    def _spec(self) -> CellSpec:
+        return CellSpec(self._target, self.config, memory_limit=self._limits.memory)
+
+    def _taken(self) -> Cell:
+        with self._translated():
+            return self._supply.take()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Start something that needs the model."""
+        path = str(self.config.model)
+        if self._zygote is None or self._zygote.pid is None:
+            check_file(Path(path))  # it may be gone since the last cell
+        try:
+            yield
+        except CellRefused as error:
+            if error.kind == "LoadError":
+                raise ModelError(path, f"llama.cpp cannot load it: {error}") from error
+            if error.kind == "ContextError":
+                raise ContextError(path, f"no such context can be made: {error}") from error
+            raise CrumplezoneError(f"the cell did not start: {error.kind}: {error}") from error
+        except (OSError, RuntimeError) as error:  # RuntimeError: threading has no thread left
+            remedy = "free memory, processes or file descriptors"
+            raise CrumplezoneError(f"no cell could be started ({error}): {remedy}") from error
+        except CellDied as died:
+            if self._reporter is None:
+                raise
+            raise self._loader_crashed(died, self._reporter) from died
+
+    def _loader_crashed(self, died: CellDied, reporter: Reporter) -> ModelError:
+        result = "the model could not be loaded"
+        path = reporter.file_lone(died.incident, "while loading the model", result, self.config, None)
+        reporter.flush()
+        evidence: Evidence = died.incident.evidence.result()
+        what = text.summary(Report("", "", evidence, result=result))
+        return ModelError(self.config.model, f"llama.cpp died while loading it. {what} Report: {path}", path)
+
+
+def report_idle(reporter: Reporter | None, config: Any, incident: Incident) -> None:
+    """Report the death of a spare, of a zygote, or of a cell between two jobs.
+
+    Args:
+        reporter: None: nobody is told.
+        config: Of the cell, or of those that the zygote forks.
+        incident: The death.
+    """
+    if reporter:
+        doing = "while it waited for work" if incident.phase == "idle" else "in reserve"
+        result = "another process takes its place; no job was touched"
+        reporter.file_lone(incident, doing, result, config, None)
+
+
+def _warm(deadline: float | None, cell: Cell) -> None:
+    cell.call(Warm(), Warmed, deadline)

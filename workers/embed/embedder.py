@@ -1,0 +1,276 @@
+"""`Embedder`: a vector for each text; a text that crashes llama.cpp fails alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from crumplezone.errors import (
+    CellDied,
+    CrumplezoneError,
+    InputError,
+    SequenceError,
+    check_integer,
+    check_texts,
+)
+from crumplezone.reports.records.report import BatchRecord, Outcome
+from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.workers.batch.call import RefusedError
+from crumplezone.workers.batch.columns import Columns, Float32, Int32
+from crumplezone.workers.batch.results import Rung
+from crumplezone.workers.embed.client import EmbedRunner
+from crumplezone.workers.embed.packing import plan
+from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.incidents.reporter import Reporter
+from crumplezone.workers.ladder.record import record
+from crumplezone.workers.model.limits import Limits
+from crumplezone.workers.protocol.config import CellConfig
+from crumplezone.workers.protocol.embed import EmbedConfig
+
+_BYTES_MAX = 2**24  # of one text
+_TEXTS = 1024  # per request to tokenise
+_BYTES = 2**20
+
+
+class Embeddings:
+    """The vectors of texts.
+
+    Attributes:
+        errors: The texts that failed alone, by index.
+        reports: Directories of the crash reports of this job; complete once `Decoder.close` returns.
+    """
+
+    def __init__(self, vectors: Float32, errors: dict[int, SequenceError], reports: list[str]) -> None:
+        self._vectors = vectors
+        self.errors, self.reports = errors, reports
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self._vectors)
+
+    @property
+    def vectors(self) -> Float32:
+        """All vectors, float32, shape (n, n_embd), in the order of the texts.
+
+        Raises:
+            SequenceError: A text failed alone; it is that of the first one. `vector` gives the others.
+        """
+        if self.errors:
+            raise self.errors[min(self.errors)]
+        return self._vectors
+
+    def vector(self, index: int) -> Float32:
+        """The vector of one text, float32, shape (n_embd,).
+
+        Raises:
+            SequenceError: This text failed alone.
+            InputError: There is no such text.
+        """
+        check_integer("index", index, 0, len(self) - 1)
+        if index in self.errors:
+            raise self.errors[index]
+        vector: Float32 = self._vectors[index]
+        return vector
+
+
+class Embedder:
+    """Embeds texts in a cell of its own, many whole texts per native call.
+
+    Args:
+        config: Model and context of the decoder. Keys and values get no more room here than they have there.
+        limits: Of every call and every cell.
+        reporter: Where crashes go.
+        zygote: What cells are forked from; None to spawn them.
+        spares: Warm cells to hold ready.
+    """
+
+    def __init__(
+        self,
+        config: CellConfig,
+        limits: Limits,
+        reporter: Reporter,
+        *,
+        zygote: Zygote | None = None,
+        spares: int = 0,
+    ) -> None:
+        self._runner = EmbedRunner(config, limits, reporter, zygote=zygote, spares=spares)
+        self._reporter = reporter
+
+    def embed(
+        self, texts: Iterable[str], *, pooling: str | None = None, normalize: bool = True
+    ) -> Embeddings:
+        """See `Decoder.embed`.
+
+        Raises:
+            InputError: A text is no text, or has no or too many tokens; the pooling or the model is none for
+                this. No text has been embedded then.
+            ModelError: The model cannot be loaded.
+        """
+        check_texts("texts", texts)
+        given = [_utf8(i, text) for i, text in enumerate(texts)]
+        self._runner.start()
+        chosen = self._runner.pooling(pooling)
+        job = _Job(self._runner, self._reporter, given)
+        try:
+            job.tokenize()
+            cached = self._runner.info.cached
+            for config, call in plan(job.sizes(), self._runner.given, cached=cached, pooling=chosen):
+                job.embed(config, call)
+        finally:
+            if job.errors:
+                self._reporter.flush()  # an error that names a report comes after it
+        if normalize:
+            norms = np.sqrt(np.einsum("ij,ij->i", job.vectors, job.vectors, dtype=np.float64))
+            job.vectors /= np.where(norms > 0, norms, 1)[:, None]
+        return Embeddings(job.vectors, job.errors, job.reports)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running cell, if there is one."""
+        return self._runner.pid
+
+    @property
+    def spare_pids(self) -> list[int]:
+        """Process ids of the spares."""
+        return self._runner.spare_pids
+
+    def close(self) -> None:
+        """End the cell for good."""
+        self._runner.close()
+
+
+class _Job:
+    """One call of `Embedder.embed`: native calls over many texts, and what they could not do text by text."""
+
+    def __init__(self, runner: EmbedRunner, reporter: Reporter, texts: list[bytes]) -> None:
+        self._runner, self._reporter, self._texts = runner, reporter, texts
+        self._tokens: dict[int, Int32] = {}
+        self._no_cell = ""  # why none can be had
+        self.vectors = np.zeros((len(texts), runner.info.n_embd), np.float32)
+        self.errors: dict[int, SequenceError] = {}
+        self.reports: list[str] = []
+
+    def tokenize(self) -> None:
+        """Tokenise all texts, as many per request as frames and memory bear."""
+
+        def work(texts: Sequence[int]) -> None:
+            self._tokens |= zip(texts, self._runner.tokenize([self._texts[i] for i in texts]), strict=True)
+
+        for chunk in self._chunks():
+            self._climb_down("tokenised", chunk, work, lambda _: None)
+
+    def sizes(self) -> dict[int, int]:
+        """Number of tokens of each text that could be tokenised.
+
+        Raises:
+            InputError: There is none, or there are too many to go into one native call.
+        """
+        longest = self._runner.longest
+        for i, tokens in self._tokens.items():
+            if not 1 <= len(tokens) <= longest:
+                limit = f"must be from 1 to {longest}: no text is split (n_batch and n_ctx are the limit)"
+                raise InputError(f"number of tokens of texts[{i}]", len(tokens), limit)
+        return {i: len(tokens) for i, tokens in self._tokens.items()}
+
+    def embed(self, config: EmbedConfig, texts: list[int]) -> None:
+        """One native call, or one for each text if that fails."""
+
+        def work(call: Sequence[int]) -> None:
+            self._runner.embed(config, self._columns(call), self.vectors, call)
+
+        def kept(call: Sequence[int]) -> BatchRecord:
+            return record(self._columns(call), "embed", embeddings=True)
+
+        self._climb_down("embedded", texts, work, kept)
+
+    def _climb_down(
+        self,
+        done: str,
+        texts: list[int],
+        work: Callable[[Sequence[int]], None],
+        kept: Callable[[Sequence[int]], BatchRecord | None],
+    ) -> None:
+        """All texts at once; if that fails, each alone."""
+        case = Case()
+        if self._attempt(Rung.NATIVE, texts, work, kept, case) is None:
+            return
+        try:
+            for i in texts:
+                if error := self._attempt(Rung.SAFE, [i], work, kept, case):
+                    self.errors[i] = error
+            left = len([i for i in texts if i not in self.errors])
+            case.result = f"{left} of {len(texts)} texts {done} by the rung {Rung.SAFE}"
+        finally:
+            self._reporter.file(case, self._runner.config, self._runner.info)
+            self.reports += case.reports
+
+    def _attempt(
+        self,
+        rung: Rung,
+        texts: list[int],
+        work: Callable[[Sequence[int]], None],
+        kept: Callable[[Sequence[int]], BatchRecord | None],
+        case: Case,
+    ) -> SequenceError | None:
+        """Do it; what went wrong, said of the first text."""
+        start, report, rc = time.perf_counter(), None, None
+        try:
+            self._want_cell()
+            work(texts)
+        except CellDied as died:
+            runner = self._runner
+            report = self._reporter.add(case, died.incident, rung, kept(texts), runner.config, runner.info)
+            outcome, problem = Outcome.CRASHED, str(died)
+            if rung is Rung.SAFE:
+                case.blamed += texts
+        except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
+            outcome, problem, rc = Outcome.REFUSED, str(refused), getattr(refused, "rc", None)
+        else:
+            outcome, problem = Outcome.OK, ""
+        case.step(rung, outcome, texts, problem, (time.perf_counter() - start) * 1000)
+        return None if outcome is Outcome.OK else SequenceError(texts[0], problem, report, rc)
+
+    def _want_cell(self) -> None:
+        """Raise `CrumplezoneError` if no cell can be had. What was refused once is not asked for again."""
+        if not self._no_cell:
+            try:
+                self._runner.start()
+            except CrumplezoneError as error:
+                self._no_cell = str(error)
+        if self._no_cell:
+            raise CrumplezoneError(self._no_cell)
+
+    def _columns(self, call: Sequence[int]) -> Columns:
+        """Whole texts as a batch: the first is sequence 0."""
+        sizes = [len(self._tokens[i]) for i in call]
+        n_tokens = sum(sizes)
+        return Columns(
+            tokens=np.concatenate([self._tokens[i] for i in call]),
+            embd=None,
+            positions=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
+            n_seq_id=np.ones(n_tokens, np.int32),
+            seq_ids=np.repeat(np.arange(len(call), dtype=np.int32), sizes),
+            outputs=np.ones(n_tokens, np.bool_),
+        )
+
+    def _chunks(self) -> Iterator[list[int]]:
+        chunk, n_bytes = list[int](), 0
+        for i, text in enumerate(self._texts):
+            if chunk and (len(chunk) == _TEXTS or n_bytes + len(text) > _BYTES):
+                yield chunk
+                chunk, n_bytes = [], 0
+            chunk.append(i)
+            n_bytes += len(text)
+        if chunk:
+            yield chunk
+
+
+def _utf8(index: int, text: str) -> bytes:
+    if not isinstance(text, str):
+        raise InputError(f"texts[{index}]", text, "must be a str")
+    raw = text.encode("utf-8", "surrogatepass")
+    if len(raw) > _BYTES_MAX:
+        raise InputError(f"bytes of texts[{index}]", len(raw), f"must be at most {_BYTES_MAX}")
+    return raw

@@ -1,0 +1,306 @@
+"""Supervisor side of generating: the prompts in flight in one cell, through crashes to their completions."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, SequenceError
+from crumplezone.reports.records.report import Outcome
+from crumplezone.sandbox.cells.cell import Cell
+from crumplezone.workers.batch.call import RefusedError
+from crumplezone.workers.batch.results import Rung
+from crumplezone.workers.generate.completion import Completion, failed
+from crumplezone.workers.generate.jobs import PromptJob, deliver, drop, fail
+from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.incidents.reporter import Reporter
+from crumplezone.workers.ladder.rungs import KILLS_MAX, Descent, was_killed
+from crumplezone.workers.memory.session import Session
+from crumplezone.workers.protocol.messages import Generated, Join, Progress
+
+STEPS = 8  # native calls per control message: what a crash can cost is that much decoding again
+_SEED_STRIDE = 1_000_003  # prompts draw from different noise, each the same on every run and rung
+_Joining = tuple[Join, npt.NDArray[np.int32]]
+
+
+@dataclass
+class _Running:
+    """A prompt in flight and everything it has produced so far.
+
+    Attributes:
+        falls: How often the native rung failed while it was in flight.
+        reports: Of the crashes among these.
+    """
+
+    job: PromptJob
+    seq_id: int
+    prompt_tokens: npt.NDArray[np.int32]
+    max_tokens: int
+    produced: list[int] = field(default_factory=list)
+    text: bytearray = field(default_factory=bytearray)
+    falls: int = 0
+    reports: list[str] = field(default_factory=list)
+
+    def take(self, progress: Progress) -> None:
+        """Add what came back."""
+        self.produced += progress.tokens
+        self.text += progress.text
+        self.job.future.feed(progress.text)
+
+    def done(self, reason: str, rung: Rung, error: CrumplezoneError | None = None) -> None:
+        """Give the caller what there is."""
+        job, text = self.job, self.text.decode("utf-8", "replace")
+        reports = tuple(self.reports)
+        completion = Completion(job.index, job.prompt, text, self.produced, reason, rung, error, reports)
+        deliver(job.future, completion)
+
+    def join(self) -> _Joining:
+        """Ask to continue from the last token that was delivered."""
+        tokens = np.concatenate([self.prompt_tokens, np.array(self.produced, np.int32)])
+        sampling = dataclasses.replace(
+            self.job.sampling,
+            max_tokens=self.max_tokens - len(self.produced),
+            seed=(self.job.sampling.seed * _SEED_STRIDE + self.job.index) % 2**63,
+        )
+        return Join(self.seq_id, len(tokens), sampling), tokens
+
+
+class Generation:
+    """Prompts over the sequences of one native cell: they come and go at any step.
+
+    Args:
+        session: Holds the cell; what its memory held is gone when this has used it.
+        descent: The safe rungs, or None to fail with the native rung.
+        reporter: Where crashes go.
+        width: Most prompts in flight.
+    """
+
+    def __init__(self, session: Session, descent: Descent | None, reporter: Reporter, width: int) -> None:
+        self._session, self._descent, self._reporter = session, descent, reporter
+        self._runner = session.runner
+        self._free = list(range(width))  # a heap
+        self._running: dict[int, _Running] = {}
+        self._joining: list[int] = []  # in flight, but the cell has not been told
+        self._leaving: list[int] = []  # the cell has them, and they are in flight no more
+        self._known_to: Cell | None = None  # the cell that has been told of all others
+        self._asked: Cell | None = None
+        self._stopped = False
+
+    @property
+    def places(self) -> int:
+        """How many more prompts can be in flight."""
+        return len(self._free)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are prompts in flight."""
+        return bool(self._running)
+
+    def admit(self, job: PromptJob) -> None:
+        """Let a prompt take a place. It ends at once if it cannot be tokenised, or fills the context."""
+        try:
+            tokens, room = self._tokens(job)
+        except CellDied as died:
+            path = self._report_tokenizer(job, died, f"prompt {job.index} crashes the tokenizer")
+            error = SequenceError(job.index, "llama.cpp died while tokenising it", path)
+            _refuse(job, error, path)
+        except (CellRefused, InputError) as refused:
+            _refuse(job, refused)
+        except (CrumplezoneError, OSError) as refused:  # no cell, or no memory for its arena
+            if self._stopped:  # that is why
+                raise
+            _refuse(job, SequenceError(job.index, str(refused)))
+        else:
+            seq_id = heapq.heappop(self._free)
+            self._running[seq_id] = _Running(job, seq_id, tokens, min(job.sampling.max_tokens, room))
+            self._joining.append(seq_id)
+
+    def advance(self) -> None:
+        """Some native calls over everything in flight; what ends is delivered."""
+        for running in list(self._running.values()):
+            if drop(running.job):
+                self._leave(running)
+        if not self._running:
+            return
+        start = time.perf_counter()
+        try:
+            generated = self._native()
+        except (RefusedError, CrumplezoneError, OSError) as error:  # also: no native cell could be had
+            self._descend(error, (time.perf_counter() - start) * 1000)
+            return
+        for progress in generated.progress:
+            running = self._running[progress.seq_id]
+            running.take(progress)
+            if progress.finished:
+                self._end(running)
+                running.done(progress.finished, Rung.NATIVE)
+
+    def nudge(self) -> None:
+        """From any thread: have the native calls that are under way come back early."""
+        if (cell := self._asked) is not None:
+            cell.arena.nudge()
+
+    def stop(self) -> None:
+        """From any thread: `give_up` comes next; have what is under way come back early."""
+        self._stopped = True
+        self.nudge()
+
+    def forget(self) -> None:
+        """The cell was used for something else, or will be."""
+        self._known_to = None
+
+    def give_up(self, error: Exception) -> None:
+        """Fail everything in flight."""
+        for running in list(self._running.values()):
+            self._end(running)
+            fail(running.job, error)
+        self._joining, self._leaving, self._known_to = [], [], None
+
+    def _tokens(self, job: PromptJob) -> tuple[npt.NDArray[np.int32], int]:
+        """The tokens of a prompt, and how many may follow."""
+        tokens = self._tokenized(job)
+        n_ctx_seq = self._runner.info.n_ctx_seq
+        if not 0 < len(tokens) < n_ctx_seq:
+            limit = f"the context holds {n_ctx_seq} tokens per sequence, one of them to generate"
+            raise InputError(f"number of tokens of prompt {job.index}", len(tokens), limit)
+        return tokens, n_ctx_seq - len(tokens)
+
+    def _tokenized(self, job: PromptJob) -> npt.NDArray[np.int32]:
+        for deaths in range(1 + KILLS_MAX):
+            try:
+                return self._runner.tokenize(job.prompt)
+            except CellDied as died:  # the first perhaps of something older than this prompt
+                if deaths == KILLS_MAX or (deaths and not was_killed(died)):
+                    raise
+                self._report_tokenizer(job, died, "the tokenizer was asked again in a new cell")
+        raise AssertionError
+
+    def _report_tokenizer(self, job: PromptJob, died: CellDied, result: str) -> str:
+        runner = self._runner
+        return self._reporter.file_lone(
+            died.incident, "tokenize", result, runner.config, runner.known, [job.index]
+        )
+
+    def _end(self, running: _Running) -> None:
+        """It is in flight no more, and the cell knows."""
+        del self._running[running.seq_id]
+        heapq.heappush(self._free, running.seq_id)
+
+    def _leave(self, running: _Running) -> None:
+        """It is in flight no more, and the cell will be told."""
+        self._end(running)
+        if running.seq_id in self._joining:
+            self._joining.remove(running.seq_id)
+        else:
+            self._leaving.append(running.seq_id)
+
+    def _native(self) -> Generated:
+        joins = [self._running[seq_id].join() for seq_id in self._joining]
+        everything = [running.join() for running in self._running.values()]
+        generated = self._ask(joins, everything, self._runner.info.n_batch)
+        self._joining = []
+        return generated
+
+    def _ask(self, joins: Sequence[_Joining], everything: Sequence[_Joining], chunk: int) -> Generated:
+        """One control message. A cell that knows nothing of what is in flight is told ``everything``."""
+        cell = self._runner.start()
+        if reset := cell is not self._known_to:
+            self._session.equip()
+            joins, self._leaving = everything, []
+        leaves, self._leaving, self._known_to, self._asked = self._leaving, [], None, cell
+        generated = self._runner.generate(joins, STEPS, chunk, leaves=leaves, reset=reset)
+        self._known_to = cell
+        return generated
+
+    # Crashes.
+
+    def _descend(self, error: Exception, ms: float) -> None:
+        """Run every prompt in flight alone, from its last delivered token, until it may join the others."""
+        case, fallen = Case(), list(self._running.values())
+        indices = [running.job.index for running in fallen]
+        outcome = Outcome.REFUSED
+        if isinstance(error, CellDied):
+            outcome, joins = Outcome.CRASHED, [running.join() for running in fallen]
+            batch = self._runner.last_batch(self._runner.info.n_batch, joins)
+            self._reporter.add(
+                case, error.incident, Rung.NATIVE, batch, self._runner.config, self._runner.known
+            )
+        case.step(Rung.NATIVE, outcome, indices, str(error), ms)
+        self._joining = []
+        lost: list[tuple[_Running, Rung, CrumplezoneError]] = []
+        cured = 0
+        try:
+            for running in fallen:
+                running.falls += 1
+                self._cure(running, case, error, lost)
+                cured += not (lost and lost[-1][0] is running)
+        finally:
+            case.result = f"{cured} of {len(fallen)} prompts in flight were cured by {Rung.SAFE}"
+            self._reporter.file(case, self._runner.config, self._runner.known)
+            if lost:
+                self._reporter.flush()  # an error that names a report comes after it
+            for running, rung, problem in lost:
+                running.done("error", rung, problem)
+
+    def _cure(
+        self,
+        running: _Running,
+        case: Case,
+        native_error: Exception,
+        lost: list[tuple[_Running, Rung, CrumplezoneError]],
+    ) -> None:
+        """Have a prompt get past the place of the crash by itself, to go on with the others; or end it."""
+        error: CrumplezoneError | None
+        if self._descent is None:
+            what = f"prompt {running.job.index}: {native_error}; safe_fallback is off"
+            reason, rung, error = None, Rung.NATIVE, CrumplezoneError(what)
+        else:
+            reason, rung, error = self._descent.attempt(
+                running.job.index,
+                case,
+                lambda chunk: self._alone(running, chunk),
+                lambda chunk: self._runner.last_batch(chunk, [running.join()]),
+            )
+        running.reports += [path for path in case.reports if path not in running.reports]
+        if reason == "":
+            self._leaving.append(running.seq_id)  # only to come back with the others
+            self._joining.append(running.seq_id)
+            return
+        if error and self._stopped:  # there may be no cell any more: it is given up next
+            return
+        self._end(running)
+        if error:
+            lost.append((running, rung, error))
+        else:
+            running.done(str(reason), rung)
+
+    def _alone(self, running: _Running, chunk: int) -> str:
+        """Why it finished; or an empty string: it is past the first crash that it took part in, or unwanted.
+
+        So a batch-only crash costs the others no more than a few steps. Whoever falls twice, or needs to be
+        read token by token, stays alone to its end.
+        """
+        returns = running.falls == 1 and chunk > 1
+        enough = len(running.produced) + STEPS + 1
+        joins = [running.join()]
+        while not (self._stopped or running.job.future.cancelled()):
+            generated = self._ask(joins, [running.join()], chunk)
+            for progress in generated.progress:
+                running.take(progress)
+                if progress.finished:
+                    return progress.finished
+            if returns and len(running.produced) >= enough:
+                break
+            joins = []
+        return ""
+
+
+def _refuse(job: PromptJob, error: CrumplezoneError, *reports: str) -> None:
+    """End a prompt that took no place."""
+    deliver(job.future, failed(job.index, job.prompt, error, reports))

@@ -1,0 +1,155 @@
+"""The lanes of a decoder: as many cells as it has workers, over one queue of jobs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+
+import msgspec
+
+from crumplezone.errors import CrumplezoneError, UsageError
+from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.cells.factory import Cells
+from crumplezone.workers.generate.in_flight import Generation
+from crumplezone.workers.generate.jobs import Job
+from crumplezone.workers.generate.lane import Lane
+from crumplezone.workers.generate.queue import Queue
+from crumplezone.workers.ladder.ladder import Ladder
+from crumplezone.workers.ladder.rungs import Descent
+from crumplezone.workers.memory.session import Session
+from crumplezone.workers.model.adapters import Adapters
+from crumplezone.workers.protocol.config import CellConfig
+from crumplezone.workers.width.choose import choose
+from crumplezone.workers.width.race import Width
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the lanes of a decoder are made of.
+
+    Attributes:
+        config: Of the decoder's own cell.
+        n_seq: Sequences that a lane decodes together; 0: measured.
+        n_threads: Threads of a lane; 0: measured, at most its share of the cores.
+        adapters: That every cell is to have.
+    """
+
+    config: CellConfig
+    cells: Cells
+    workers: int
+    n_seq: int
+    n_threads: int
+    safe_fallback: bool
+    preflight: bool
+    adapters: Adapters | None = None
+
+    def width(self) -> Width:
+        """As given, or as measured."""
+        share = max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return choose(
+            self.config,
+            self.cells.limits,
+            self.cells.reporter,
+            zygote=self.cells.zygote,
+            n_seq=self.n_seq,
+            n_threads=self.n_threads,
+            most_threads=share,
+            contexts=self.workers * (1 + self.cells.spares),
+        )
+
+    def lane(self, queue: Queue, width: Width, number: int) -> Lane:
+        """Start a lane."""
+        # Room for a batch of as many sequences as the decoder takes, be the width smaller.
+        n_seq_max = max(width.n_seq, self.config.n_seq_max)
+        config = msgspec.structs.replace(
+            self.config,
+            n_ctx=self.config.n_ctx // self.config.n_seq_max * n_seq_max,
+            n_batch=max(self.config.n_batch, n_seq_max),
+            n_seq_max=n_seq_max,
+            n_threads=width.n_threads,
+        )
+        runner, reporter = self.cells.runner(config), self.cells.reporter
+        session = Session(runner, reporter, adapters=self.adapters)
+        descent = Descent(runner, reporter) if self.safe_fallback else None
+        ladder = Ladder(session, descent, reporter, preflight=self.preflight)
+        generation = Generation(session, descent, reporter, width.n_seq)
+        return Lane(queue, session, ladder, generation, f"lane-{number}")
+
+
+class Pool:
+    """Lanes over one queue. The first prompts wait until the width has been measured.
+
+    Args:
+        plan: What they are made of.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._queue = Queue(plan.workers)
+        self._lanes: list[Lane] = []
+        self._width: Width | None = None
+        self.failure: CrumplezoneError | None = None  # why there are no lanes
+        self._opener = threading.Thread(target=self._open, name="lanes", daemon=True)
+        self._opener.start()
+
+    @property
+    def runners(self) -> list[Runner]:
+        """Of the lanes."""
+        return [lane.runner for lane in self._lanes]
+
+    @property
+    def places(self) -> int:
+        """How many prompts all lanes together have in flight at most. Waits for the measurement.
+
+        Raises:
+            CrumplezoneError: There are no lanes.
+        """
+        self._opener.join()
+        if self._width is None:
+            raise self.failure or UsageError("this decoder is closed: make a new one")
+        return self._width.n_seq * self.plan.workers
+
+    def put(self, job: Job) -> None:
+        """Add a job.
+
+        Raises:
+            UsageError: The pool is closed.
+        """
+        try:
+            self._queue.put(job)
+        except UsageError as closed:
+            raise self.failure or closed from None
+
+    def retire(self) -> None:
+        """Take no more jobs; do those that there are, and end."""
+        self._queue.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether every lane has come to its end."""
+        return not (self._opener.is_alive() or any(lane.alive for lane in self._lanes))
+
+    def abandon(self) -> None:
+        """Fail what is not done; the lanes end by themselves."""
+        self._queue.kill()
+
+    def close(self) -> None:
+        """Fail what is not done, and wait until every lane has ended. No cell is forked after that."""
+        self.abandon()
+        if self.plan.cells.zygote:
+            self.plan.cells.zygote.stop()  # or a lane would wait for one that does not answer
+        if self._opener is not threading.current_thread():  # a callback of a future that it has failed
+            self._opener.join()
+        for lane in self._lanes:
+            lane.join()
+
+    def _open(self) -> None:
+        try:
+            width = self.plan.width()
+            self._lanes = [self.plan.lane(self._queue, width, n) for n in range(self.plan.workers)]
+            self._width = width
+        except Exception as error:  # noqa: BLE001 - whoever waits for a place must be told
+            known = error if isinstance(error, CrumplezoneError) else None
+            self.failure = known or CrumplezoneError(f"no lane could be started: {error}")
+            self._queue.kill(self.failure)

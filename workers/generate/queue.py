@@ -1,0 +1,99 @@
+"""Jobs that wait for a lane."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from crumplezone.errors import CrumplezoneError, UsageError
+from crumplezone.workers.generate.jobs import BatchJob, Job, PromptJob, drop, fail
+
+_CLOSED = "this decoder was closed before the job was done"
+
+
+class Queue:
+    """Jobs in the order in which they came, for any number of lanes.
+
+    Args:
+        lanes: How many there are.
+
+    Attributes:
+        killed: Lanes end as soon as they look.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        self._lanes = lanes
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._open = True
+        self.killed = False
+        self._listeners: list[Callable[[], None]] = []
+
+    def put(self, job: Job) -> None:
+        """Add a job.
+
+        Raises:
+            UsageError: The queue is closed.
+        """
+        with self._changed:
+            if not self._open:
+                raise UsageError(_CLOSED)
+            self._jobs.append(job)
+            self._changed.notify()
+        self._tell()
+
+    def on_news(self, listener: Callable[[], None]) -> None:
+        """Call something, from any thread, when a job has come or the queue is killed."""
+        self._listeners.append(listener)
+
+    def take(self, places: int, *, idle: bool) -> list[Job] | None:
+        """The next jobs of a lane: prompts, or one batch if it is idle.
+
+        Args:
+            places: How many prompts can join those in flight.
+            idle: Nothing is in flight: wait for a job.
+
+        Returns:
+            None if there will be no more.
+        """
+        with self._changed:
+            while True:
+                while self._jobs and drop(self._jobs[0]):
+                    self._jobs.popleft()
+                if self.killed or (idle and not self._jobs and not self._open):
+                    return None
+                if self._jobs or not idle:
+                    return self._next(places, idle=idle)
+                self._changed.wait()
+
+    def close(self) -> None:
+        """Take no more jobs; lanes end when those that there are have been done."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+    def kill(self, error: CrumplezoneError | None = None) -> None:
+        """Fail what waits, and what will; lanes end as soon as they look."""
+        self.close()
+        with self._changed:
+            self.killed = True
+            jobs, self._jobs = self._jobs, deque()
+            self._changed.notify_all()
+        self._tell()
+        self._listeners.clear()  # they refer to the lanes, which refer to this
+        for job in jobs:
+            fail(job, error or UsageError(_CLOSED))
+
+    def _next(self, places: int, *, idle: bool) -> list[Job]:
+        if self._jobs and isinstance(self._jobs[0], BatchJob):  # others wait behind it: it has its turn
+            return [self._jobs.popleft()] if idle else []
+        share = min(places, -(-len(self._jobs) // self._lanes))  # the other lanes want some, too
+        taken: list[Job] = []
+        while len(taken) < share and self._jobs and isinstance(self._jobs[0], PromptJob):
+            taken.append(self._jobs.popleft())
+        return taken
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()

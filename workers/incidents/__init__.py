@@ -1,0 +1,1 @@
+"""From crashes to reports: what one job met, written beside the caller."""

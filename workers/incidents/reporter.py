@@ -1,0 +1,219 @@
+"""From incidents to reports: what one job met on its way down the ladder, written beside the caller."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from crumplezone.errors import ReportError
+from crumplezone.reports.analysis.redact import redact
+from crumplezone.reports.analysis.signature import sign
+from crumplezone.reports.analysis.verdict import from_exit, from_ladder
+from crumplezone.reports.formats import text
+from crumplezone.reports.records.report import (
+    BatchRecord,
+    Environment,
+    Evidence,
+    Outcome,
+    Report,
+    Verdict,
+)
+from crumplezone.reports.store.redaction_key import redaction_key
+from crumplezone.reports.store.retention import DEFAULT_RETENTION
+from crumplezone.reports.store.store import Store, new_id
+from crumplezone.reports.store.storm import Storm
+from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.workers.incidents.case import Case, _Crash
+from crumplezone.workers.incidents.environment import environment
+from crumplezone.workers.model import file as model
+from crumplezone.workers.protocol.config import CellConfig, CellInfo
+
+_PRUNE_EVERY = 64  # reports
+_GOES_ON = "the job goes on"
+_OF_THE_JOB = ("ladder", "result", "blamed", "verdict")
+_OF_THE_CELL = ("context", "model", "environment")
+
+_log = logging.getLogger("crumplezone")
+
+
+def _outside(evidence: Evidence) -> Environment:
+    """That of a program, which may have another Python and llama.cpp than this process."""
+    here = environment(None)
+    versions = {name: here.versions[name] for name in ("crumplezone", "kernel")}
+    library = next((each.path for each in evidence.maps if "/llama_cpp/lib/libllama.so" in each.path), None)
+    if library:
+        for found in Path(library).parents[2].glob("llama_cpp_python-*.dist-info"):
+            versions["llama-cpp-python"] = found.name.removesuffix(".dist-info").partition("-")[2]
+    return msgspec.structs.replace(here, versions=versions)
+
+
+class Reporter:
+    """Writes reports on a thread of its own, in order, signed and with the ladder's verdict.
+
+    A report is written as soon as its evidence is there, and again when its job has ended: who kills this
+    process meanwhile loses none.
+
+    Args:
+        directory: The report store.
+        redacted: Whether to keep tokens, prompt text and paths out of the reports.
+    """
+
+    def __init__(self, directory: Path, *, redacted: bool = False) -> None:
+        self.store = Store(directory)
+        self._redacted = redacted
+        self._storm = Storm(self.store.has)
+        self._written = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reporter")
+        self._pending: list[Future[None]] = []
+        self._lock = threading.Lock()  # lanes report from threads of their own
+
+    def add(
+        self,
+        case: Case,
+        incident: Incident,
+        rung: str,
+        batch: BatchRecord | None,
+        config: CellConfig | None = None,
+        info: CellInfo | None = None,
+        command: Sequence[str] = (),
+    ) -> str:
+        """Note a crash in a case; returns where its report will be.
+
+        Args:
+            case: The job.
+            incident: The crash.
+            rung: That crashed.
+            batch: What it was decoding.
+            config: Of the cell that crashed; None: the case's, as given to `file`.
+            info: Likewise.
+            command: The arguments of a program that crashed; it has neither batch nor config.
+        """
+        report_id = new_id(incident.crashed_at)
+        path = str(self.store.path(report_id))
+        crash = _Crash(report_id, incident, rung, batch, config, info, path, command)
+        case.crashes.append(crash)
+        self._submit(logging.DEBUG, self._begin, crash, case)
+        return path
+
+    def file_lone(
+        self,
+        incident: Incident,
+        doing: str,
+        result: str,
+        config: CellConfig,
+        info: CellInfo | None,
+        sequences: Sequence[int] = (),
+    ) -> str:
+        """Report a crash outside any batch (loading, tokenising); returns where its report will be."""
+        case = Case(result=result)
+        case.step("native", Outcome.CRASHED, list(sequences), doing)
+        path = self.add(case, incident, "native", None, config, info)
+        self.file(case, config, info)
+        return path
+
+    def file_program(self, incident: Incident, command: Sequence[str]) -> str:
+        """Report the crash of a program that is no cell; returns where its report will be."""
+        case = Case()
+        path = self.add(case, incident, "native", None, command=command)
+        self.file(case, None, None)
+        return path
+
+    def file(self, case: Case, config: CellConfig | None, info: CellInfo | None) -> None:
+        """Hand over a case that has ended."""
+        case.ended = True
+        for crash in case.crashes:
+            crash.config, crash.info = crash.config or config, crash.info or info
+            self._submit(logging.ERROR, self._end, crash, case)
+
+    def flush(self) -> None:
+        """Wait until every report handed over is on disk (or its failure was logged)."""
+        with self._lock:
+            pending = list(self._pending)
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        """Write what is left and end the thread."""
+        self._pool.shutdown(wait=True)
+
+    def _submit(self, level: int, write: Callable[[_Crash, Case], None], crash: _Crash, case: Case) -> None:
+        def run() -> None:
+            try:
+                write(crash, case)
+            except Exception as error:  # noqa: BLE001 - a report that fails must not fail the job
+                _log.log(level, "the report of crash %s could not be written: %s", crash.id, error)
+
+        with self._lock:
+            self._pending = [future for future in self._pending if not future.done()]
+            try:
+                self._pending.append(self._pool.submit(run))
+            except RuntimeError:  # the interpreter ends, and nobody has closed the decoder
+                _log.log(level, "the report of crash %s was not written: the program ends", crash.id)
+
+    def _begin(self, crash: _Crash, case: Case) -> None:
+        crash.incident.evidence.result()
+        if not case.ended:  # else all of it is written at once
+            report = _compose(crash, Case(steps=list(case.steps), result=_GOES_ON))
+            self._write(self._finish(report, from_exit(report)))
+
+    def _end(self, crash: _Crash, case: Case) -> None:
+        report = _compose(crash, case)
+        report = self._finish(report, from_ladder(report))
+        report = self._update(report) if self.store.has(crash.id) else self._write(report)
+        _log.warning("%s Report: %s", text.summary(report), crash.path)
+
+    def _write(self, report: Report) -> Report:
+        report = self._storm.admit(report)
+        self.store.write(report, text.render(report))
+        self._storm.count(report)
+        if self._written % _PRUNE_EVERY == 0:
+            self._prune()
+        self._written += 1
+        return report
+
+    def _update(self, report: Report) -> Report:
+        """Add what the rest of the job has shown to a report that is written."""
+        known = self.store.read(report.id)
+        fields = _OF_THE_JOB if known.same_as else _OF_THE_JOB + _OF_THE_CELL
+        report = msgspec.structs.replace(known, **{name: getattr(report, name) for name in fields})
+        self.store.update(report)
+        return report
+
+    def _finish(self, report: Report, verdict: Verdict | None) -> Report:
+        report = msgspec.structs.replace(report, signature=sign(report), verdict=verdict)
+        return redact(report, redaction_key(self.store.directory)) if self._redacted else report
+
+    def _prune(self) -> None:
+        try:
+            self.store.prune(DEFAULT_RETENTION)
+        except ReportError as error:  # another process is pruning, or may not
+            _log.debug("the store was not pruned: %s", error)
+
+
+def _compose(crash: _Crash, case: Case) -> Report:
+    config, info, context = crash.config, crash.info, {}
+    if config:
+        context = {name: getattr(config, name) for name in config.__struct_fields__ if name != "model"}
+    evidence = crash.incident.evidence.result()
+    return Report(
+        id=crash.id,
+        crashed_at=crash.incident.crashed_at.isoformat(),
+        written_at=dt.datetime.now(dt.UTC).isoformat(),
+        evidence=evidence,
+        rung=crash.rung,
+        batch=crash.batch,
+        context=context,
+        model=model.describe(config.model, info.description if info else "") if config else None,
+        environment=_outside(evidence) if crash.command else environment(info),
+        ladder=case.steps,
+        result=case.result,
+        blamed=case.blamed,
+        caller=crash.incident.caller,
+        command=list(crash.command),
+    )

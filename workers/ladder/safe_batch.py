@@ -1,0 +1,92 @@
+"""`SafeBatchProcessor`: batches, one sequence at a time, in a supervised cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from crumplezone.reports.store.store import default_directory
+from crumplezone.workers.batch.batch import Batch
+from crumplezone.workers.batch.call import Ask, Rows
+from crumplezone.workers.batch.columns import Columns
+from crumplezone.workers.batch.results import Result
+from crumplezone.workers.batch.validate import Memory, validate
+from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.incidents.reporter import Reporter
+from crumplezone.workers.ladder.rungs import Descent
+from crumplezone.workers.model.limits import Limits
+from crumplezone.workers.model.settings import capacity, configure
+
+
+class SafeBatchProcessor:
+    """Decode batches one sequence at a time in a supervised cell. Also the second rung of `Decoder`.
+
+    Args:
+        model: Path of a GGUF file.
+        n_ctx: Tokens of context for a sequence; 0 for 1024.
+        n_batch: Most tokens per native call.
+        n_threads: Threads of the cell; 0 for one per available core.
+        deadline: Seconds until a native call counts as hung, or None.
+        reports: The report store; None for the default place.
+        redact: Keep token ids, prompt text and paths out of the reports.
+
+    Raises:
+        InputError: A parameter is out of range.
+        ModelError: The file cannot be a model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        n_ctx: int = 1024,
+        n_batch: int = 2048,
+        n_threads: int = 2,
+        deadline: float | None = 300.0,
+        reports: str | Path | None = None,
+        redact: bool = False,
+    ) -> None:
+        self._config = configure(model, n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
+        limits = Limits(deadline, None)
+        self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
+        self._descent = Descent(Runner(self._config, limits, self._reporter), self._reporter)
+
+    def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
+        """Decode each sequence from empty memory; a sequence that crashes alone fails alone.
+
+        Raises:
+            InputError: A token or length is out of range.
+            ModelError: The model could not be loaded.
+        """
+        runner = self._descent.runner
+        columns, ask = batch.columns(), Ask(embeddings=embeddings)
+        # A cell of one sequence takes them in turn, each by itself.
+        limits = msgspec.structs.replace(runner.config, n_seq_max=batch.n_seq_max)
+        validate(columns, capacity(runner.info, limits, embeddings=embeddings), Memory.empty(batch.n_seq_max))
+        case = Case()
+
+        def send(alone: Columns, chunk: int) -> Rows:
+            return runner.send(alone.renamed(0), ask, chunk)
+
+        sequences = self._descent.each(columns, ask, case, "decode", send)
+        done = sum(not each.error for each in sequences)
+        case.result = f"{done} of {len(sequences)} sequences decoded one at a time"
+        self._reporter.file(case, self._config, runner.info)
+        return Result(sequences, case.reports)
+
+    def close(self) -> None:
+        """End the cell and finish the reports."""
+        self._descent.runner.shut()
+        self._reporter.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

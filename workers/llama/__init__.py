@@ -1,0 +1,1 @@
+"""`Llama`: the drop-in for llama_cpp.Llama."""

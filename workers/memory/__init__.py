@@ -1,0 +1,1 @@
+"""The memory of a stateful decoder, and its journal for replay."""

@@ -1,0 +1,1 @@
+"""A model file and the settings of a context."""

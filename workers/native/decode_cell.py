@@ -1,0 +1,330 @@
+"""Child side: llama.cpp behind typed requests. Only cells import this module.
+
+Facts are those of llama.cpp 0c1e57098 (llama-cpp-python 0.3.36), include/llama.h unless noted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from crumplezone.sandbox.child.loop import Room
+from crumplezone.workers.native import memory as native_memory
+from crumplezone.workers.native.engine.engine import Engine
+from crumplezone.workers.native.model import describe, make_context, model_of
+from crumplezone.workers.protocol.arrays import batch_shapes
+from crumplezone.workers.protocol.config import CellConfig, CellInfo
+from crumplezone.workers.protocol.messages import (
+    Adapt,
+    Adapted,
+    Decode,
+    Decoded,
+    Detokenize,
+    Detokenized,
+    Generate,
+    Generated,
+    Load,
+    MemoryOperation,
+    Remembered,
+    Request,
+    Resize,
+    Save,
+    Saved,
+    Tokenize,
+    Tokenized,
+    Warm,
+    Warmed,
+    row_shapes,
+)
+
+_BATCH = struct.Struct("@i6P")  # struct llama_batch: n_tokens, token, embd, pos, n_seq_id, seq_id, logits
+_BUFFER = ctypes.c_char * 0
+_NOT_ADDED = {-1: "the batch is full", -2: "no such token", -3: "no such sequence"}
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    """Where a writable array begins; ``array.ctypes.data`` takes three times as long."""
+    return ctypes.addressof(_BUFFER.from_buffer(array.data))
+
+
+class LlamaCell:
+    """One model and one context.
+
+    Args:
+        config: An encoded `CellConfig`.
+        room: The cell's arena.
+        preloaded: What `preload` returned, in a forked cell.
+
+    Raises:
+        LoadError: The model or the context could not be made; the message is llama.cpp's own.
+    """
+
+    request_type: Any = Request
+
+    def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:
+        self.config = msgspec.msgpack.decode(config, type=CellConfig)
+        self._arena, self.recorder = room.arena, room.recorder
+        loaded = model_of(preloaded, self.config.model, self.config.n_gpu_layers, room)
+        self._loaded, self.model = loaded, loaded.pointer
+        self.vocab = C.llama_model_get_vocab(self.model)
+        with self.recorder.phase("context", self.config.n_ctx):
+            self.context = make_context(self._loaded, self.config)
+        self.memory = C.llama_get_memory(self.context)
+        self._info = describe(self.model, self.context)
+        self._engine = Engine(self, self._arena.nudged)
+        self._adapters = native_memory.Adapters(self.model)
+        self._unsettled = False  # copies and shifts that llama.cpp has noted down, but not done
+        self._embeddings = False  # whether llama.cpp is to compute them
+        self._pointed = (0, b""), np.empty(0, np.int64)  # the pointers of the latest batch: mostly the same
+
+    def info(self) -> CellInfo:
+        """Facts of the loaded model."""
+        return self._info
+
+    def handle(self, request: Request) -> msgspec.Struct:
+        """Answer one request."""
+        if not isinstance(request, Generate | Tokenize | Detokenize):
+            self._engine.reset()  # what it knows of the memory will not be true
+        match request:
+            case Decode():
+                return self._decode(request)
+            case Warm():
+                self._warm()
+                return Warmed()
+            case Tokenize() | Detokenize():
+                return self._translated(request)
+            case Generate():
+                return self._generate(request)
+            case MemoryOperation():
+                with self.recorder.phase(request.name, request.seq_id):
+                    self._unsettled |= request.name in ("copy", "shift")
+                    return self._remembered(native_memory.operate(self.memory, request))
+            case Save() | Load():
+                self._settle()
+                return self._save(request) if isinstance(request, Save) else self._load(request)
+            case Resize():
+                self._resize(request)
+                return self._info
+            case Adapt():
+                self._adapt(request)
+                return Adapted()
+
+    def _translated(self, request: Tokenize | Detokenize) -> Tokenized | Detokenized:
+        if isinstance(request, Tokenize):
+            return Tokenized(self._tokenize(request.n_bytes))
+        return Detokenized([self._detokenize(tokens) for tokens in request.tokens])
+
+    def copy(self, source: int, target: int) -> None:
+        """Put a copy of a sequence in the place of another. llama.cpp notes it down, for the next decode.
+
+        Only whole: across streams llama.cpp aborts on a part of one (llama_kv_cache::seq_cp).
+        """
+        with self.recorder.phase("copy", source):
+            C.llama_memory_seq_cp(self.memory, source, target, -1, -1)
+        self._unsettled = True
+
+    def clear(self) -> None:
+        """Empty the memory of every sequence. Encoder-only models have none."""
+        if self.memory:
+            C.llama_memory_clear(self.memory, True)
+
+    def run(
+        self,
+        arrays: list[npt.NDArray[Any]],
+        begin: int,
+        end: int,
+        *,
+        n_embd: int = 0,
+        encode: bool = False,
+        process: bool = False,
+        nulls: Sequence[str] = (),
+    ) -> int:
+        """One native call over tokens ``begin`` to ``end`` of a batch laid out as `batch_shapes`."""
+        if process:
+            return self._process([array[begin:end] for array in arrays])
+        rows, positions, seq_ids, outputs, n_seq_id, pointers = arrays
+        place = _address(seq_ids), n_seq_id.tobytes()
+        if place != self._pointed[0]:
+            counts = np.maximum(n_seq_id, 0)
+            self._pointed = place, place[0] + 4 * (counts.cumsum() - counts)
+        pointers[:] = self._pointed[1]
+        for name in nulls:
+            if name.startswith("seq_id["):
+                pointers[int(name[7:-1])] = 0
+
+        def at(name: str, array: npt.NDArray[Any], width: int = 1) -> int:
+            return 0 if name in nulls else _address(array) + array.itemsize * width * begin
+
+        fields = (
+            0 if n_embd else at("token", rows),
+            at("embd", rows, n_embd) if n_embd else 0,
+            at("pos", positions),
+            at("n_seq_id", n_seq_id),
+            at("seq_id", pointers),
+            at("logits", outputs),
+        )
+        batch = C.llama_batch.from_buffer_copy(_BATCH.pack(end - begin, *fields))
+        what, call = ("encode", C.llama_encode) if encode else ("decode", C.llama_decode)
+        with self.recorder.phase(what, end - begin):
+            rc = int(call(self.context, batch))
+        self._unsettled &= bool(rc) or encode
+        return rc
+
+    def _process(self, arrays: list[npt.NDArray[Any]]) -> int:
+        """The same by ``llama_process``, each token of one sequence."""
+        if not hasattr(C, "llama_process"):
+            raise RuntimeError("this llama.cpp has no llama_process")
+        tokens, positions, seq_ids, outputs, *_ = (array.tolist() for array in arrays)
+        batch = C.llama_batch_ext_init(self.context)
+        try:
+            with self.recorder.phase("build", len(tokens)):
+                for i, (seq_id, token) in enumerate(zip(seq_ids, tokens, strict=True)):
+                    added = C.llama_batch_ext_add_token(batch, seq_id, token)
+                    if added < 0:
+                        why = _NOT_ADDED.get(added, f"rc {added}")
+                        raise RuntimeError(f"llama_batch_ext_add_token refuses token {i} of the batch: {why}")
+                    C.llama_batch_ext_set_pos(batch, added, ctypes.byref(C.llama_pos(positions[i])))
+                    C.llama_batch_ext_set_output_logits(batch, added, bool(outputs[i]))
+            with self.recorder.phase("process", len(tokens)):
+                rc = int(C.llama_process(self.context, C.LLAMA_PROCESS_TYPE_DECODE, batch))
+        finally:
+            C.llama_batch_ext_free(batch)
+        self._unsettled &= bool(rc)
+        return rc
+
+    def _decode(self, request: Decode) -> Decoded:
+        with self.recorder.phase("build", request.n_tokens):
+            shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
+            *batch, logits, embeddings = self._arena.arrays([*shapes, *row_shapes(request, self._info)])
+            wanted = batch[3].copy()
+            self._want_embeddings(request.embeddings)
+            if request.embeddings:  # llama.cpp then insists on every token being an output, and warns
+                batch[3][:] = 1
+            if request.fresh:
+                self.clear()
+        rc = self.run(
+            batch,
+            0,
+            request.n_tokens,
+            n_embd=request.n_embd,
+            encode=request.encode,
+            process=request.process,
+            nulls=request.nulls,
+        )
+        if rc == 0:
+            outputs = wanted.nonzero()[0].tolist()
+            with self.recorder.phase("copy", len(outputs)):
+                self._copy(C.llama_get_logits_ith, outputs, logits.reshape(-1, self._info.n_vocab))
+                self._copy(C.llama_get_embeddings_ith, outputs, embeddings.reshape(-1, self._info.n_embd))
+        return Decoded(rc, native_memory.spans(self.memory, self._sequences(set(batch[2].tolist()))))
+
+    def _want_embeddings(self, wanted: bool) -> None:
+        if wanted != self._embeddings:  # llama.cpp logs each call, and the line would go to the supervisor
+            C.llama_set_embeddings(self.context, wanted)
+            self._embeddings = wanted
+
+    def _sequences(self, seq_ids: Iterable[int]) -> list[int]:
+        """Those that exist: of any other, llama.cpp would abort."""
+        return [seq_id for seq_id in seq_ids if 0 <= seq_id < self.config.n_seq_max]
+
+    def _remembered(self, done: bool) -> Remembered:
+        return Remembered(done, native_memory.spans(self.memory, range(self.config.n_seq_max)))
+
+    def _settle(self) -> None:
+        """Have copies and shifts done that were only noted down.
+
+        llama.cpp does so at the next decode (llama_kv_cache::update). A state that is saved before that lacks
+        them; one that is loaded is then overwritten by them. So decode a token, and remove it again.
+        """
+        if not self._unsettled:
+            return
+        ends = [C.llama_memory_seq_pos_max(self.memory, seq_id) for seq_id in range(self.config.n_seq_max)]
+        seq_id = ends.index(min(ends))
+        begin = ends[seq_id] + 1
+        if begin and self._info.recurrent:  # of such a sequence, no single token can be removed
+            raise RuntimeError("a state after a copy needs a sequence that is empty: remove one first")
+        self._decode_one(seq_id, begin)  # 1, no room for it, is as good: what was noted down is done before
+        C.llama_memory_seq_rm(self.memory, seq_id, begin, -1)
+        self._unsettled = False
+
+    def _decode_one(self, seq_id: int, position: int) -> None:
+        values = (0, position, seq_id, 0, 1, 0)
+        one = [np.full(1, value, kind) for value, (kind, _) in zip(values, batch_shapes(1), strict=True)]
+        self.run(one, 0, 1)
+
+    def _warm(self) -> None:
+        if self.memory and not self._info.has_encoder:
+            self._decode_one(0, 0)
+            self.clear()
+
+    def _save(self, request: Save) -> Saved:
+        size = int(C.llama_state_seq_get_size(self.context, request.seq_id))
+        if size > self._arena.room:  # to be asked again, with more
+            return Saved(size)
+        (room,) = self._arena.arrays([("u1", size)])
+        return Saved(native_memory.save(self.context, request.seq_id, room))
+
+    def _load(self, request: Load) -> Remembered:
+        (state,) = self._arena.arrays([("u1", request.size)])
+        return self._remembered(native_memory.load(self.context, self.memory, request.seq_id, state))
+
+    def _resize(self, request: Resize) -> None:
+        C.llama_free(self.context)
+        self.config = msgspec.structs.replace(self.config, n_ctx=request.n_ctx, n_seq_max=request.n_seq_max)
+        self.context = make_context(self._loaded, self.config)
+        self.memory = C.llama_get_memory(self.context)
+        self._info = describe(self.model, self.context)
+        self._engine = Engine(self, self._arena.nudged)
+        self._unsettled = self._embeddings = False
+
+    def _adapt(self, request: Adapt) -> None:
+        (vector,) = self._arena.arrays([("f4", request.n_floats)])
+        self._adapters.use(self.context, request, vector, self._info.n_embd)
+
+    def _copy(self, get: Any, outputs: list[int], rows: npt.NDArray[Any]) -> None:
+        """Copy the row of each output; where none was asked for, there is no row to copy it to."""
+        for i, row in zip(outputs, rows, strict=False):
+            pointer = get(self.context, i)
+            if not pointer:
+                raise RuntimeError(f"llama.cpp has no row for output {i} of the batch")
+            ctypes.memmove(_address(row), pointer, row.nbytes)
+
+    def _tokenize(self, n_bytes: int) -> int:
+        (text,) = self._arena.arrays([("u1", n_bytes)])
+        raw = text.tobytes()
+        size = n_bytes + 16  # at most one token a byte, and the special ones
+        tokens = (C.llama_token * size)()
+        with self.recorder.phase("tokenize", len(raw)):
+            n_tokens = C.llama_tokenize(self.vocab, raw, len(raw), tokens, size, True, True)
+        if n_tokens < 0:
+            raise RuntimeError(f"llama_tokenize wants room for {-n_tokens} tokens")
+        (room,) = self._arena.arrays([("i4", n_tokens)])
+        room[:] = tokens[:n_tokens]
+        return int(n_tokens)
+
+    def _detokenize(self, tokens: list[int]) -> bytes:
+        ids = (C.llama_token * len(tokens))(*tokens)
+        size = -C.llama_detokenize(self.vocab, ids, len(tokens), None, 0, False, True)  # what it would take
+        room = ctypes.create_string_buffer(max(size, 1))
+        n_bytes = C.llama_detokenize(self.vocab, ids, len(tokens), room, size, False, True)
+        return room.raw[: max(n_bytes, 0)]
+
+    def _generate(self, request: Generate) -> Generated:
+        if request.reset:
+            self._engine.reset()
+            if self.memory:  # marked as empty, not filled with zeros: that would take a while
+                C.llama_memory_clear(self.memory, False)
+        self._want_embeddings(False)
+        arrays = self._arena.arrays(request.shapes())
+        for seq_id in request.leaves:
+            self._engine.leave(seq_id)
+        for join, tokens in zip(request.joins, arrays[6:], strict=True):
+            self._engine.join(join, tokens.copy())
+        return self._engine.generate(arrays[:6], request.steps)

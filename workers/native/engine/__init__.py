@@ -1,0 +1,1 @@
+"""Child side: continuous batching of prompts within one context."""

@@ -1,0 +1,35 @@
+"""What the engine asks of the cell that it runs in."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from crumplezone.sandbox.ipc.flight_recorder import Recorder
+from crumplezone.workers.protocol.config import CellInfo
+
+
+class Context(Protocol):
+    """A context of llama.cpp: `crumplezone.workers.native.decode_cell.LlamaCell` is one.
+
+    Attributes:
+        context: ``llama_context *``.
+        vocab: ``const llama_vocab *``.
+        memory: ``llama_memory_t``.
+        recorder: Told what native code is called.
+    """
+
+    context: Any
+    vocab: Any
+    memory: Any
+    recorder: Recorder
+
+    def info(self) -> CellInfo:
+        """Facts of the model and the context."""
+
+    def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int) -> int:
+        """Decode a range of a batch's tokens; the return code."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Put a copy of a sequence in the place of another."""

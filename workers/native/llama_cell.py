@@ -1,0 +1,172 @@
+"""Child side: ``llama_cpp.Llama`` behind typed requests. Only cells import this module."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+from llama_cpp.llama import LogitsProcessorList, StoppingCriteriaList
+from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
+from llama_cpp.llama_grammar import LlamaGrammar
+
+from crumplezone.sandbox.child.loop import Room
+from crumplezone.workers.native.llama_replay import GrammarError, Hosted
+from crumplezone.workers.native.model import LoadError, Voices, describe
+from crumplezone.workers.protocol.llama import (
+    INLINE_MAX,
+    Fetch,
+    Grammar,
+    Invoke,
+    Job,
+    LlamaConfig,
+    LlamaInfo,
+    Next,
+    Note,
+    Nothing,
+    Output,
+    Query,
+    Request,
+)
+
+_METHODS = {
+    "create_completion",
+    "create_chat_completion",
+    "create_embedding",
+    "embed",
+    "generate",
+    "eval",
+    "sample",
+    "reset",
+    "scores_bytes",
+    "state_bytes",
+    "set_state",
+}
+_QUERIES = {"tokenize", "detokenize", "metadata_items"}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} cannot leave the cell")
+
+
+class LlamaHost:
+    """The service.
+
+    Args:
+        config: An encoded `LlamaConfig`.
+        room: The cell's.
+
+    Raises:
+        LoadError: The model or the context could not be made; the message is llama.cpp's own.
+    """
+
+    request_type: Any = Request
+
+    def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:
+        self._room = room
+        voices = Voices(room)
+        with room.recorder.phase("load"):
+            try:
+                self._llama = Hosted(msgspec.msgpack.decode(config, type=LlamaConfig), room, voices)
+            except ValueError as error:
+                raise LoadError(voices.last_error or str(error)) from error
+        if self._llama.lora_path and not self._llama._lora_adapter:  # noqa: SLF001 - the original misses the NULL
+            raise LoadError(f"LoRA {self._llama.lora_path}: {voices.last_error or 'refused'}")
+        self._encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
+        self._running: Iterator[Any] | None = None
+        self._parcel = b""
+
+    def info(self) -> LlamaInfo:
+        """Facts of the loaded model."""
+        llama = self._llama
+        registry: Any = LlamaChatCompletionHandlerRegistry
+        return LlamaInfo(
+            cell=msgspec.structs.replace(describe(llama.model, llama.ctx), n_batch=llama.n_batch),
+            n_embd=llama.n_embd(),
+            n_ctx=llama.n_ctx(),
+            n_rows=len(llama.scores),
+            n_seq_max=llama.context_params.n_seq_max,
+            pooling_type=int(llama.pooling_type()),
+            token_eos=llama.token_eos(),
+            token_bos=llama.token_bos(),
+            token_nl=llama.token_nl(),
+            chat_format=llama.chat_format,
+            chat_formats=sorted({*llama._chat_handlers, *registry()._chat_handlers}),  # noqa: SLF001 - as above
+        )
+
+    def handle(self, request: Request) -> msgspec.Struct:
+        """Answer one request."""
+        if isinstance(request, Invoke):
+            return self._invoke(self._job(request.n_bytes))
+        if isinstance(request, Query):
+            job = self._job(request.n_bytes)
+            if job.method not in _QUERIES:
+                raise ValueError(f"{job.method} is no query")
+            return self._output(getattr(self._llama, job.method)(**job.args), note=Note())
+        if isinstance(request, Next):
+            return self._next(request.sent)
+        return self._fetch(request)
+
+    def _job(self, n_bytes: int) -> Job:
+        (raw,) = self._room.arena.arrays([("u1", n_bytes)])
+        return msgspec.msgpack.decode(raw.tobytes(), type=Job)
+
+    def _invoke(self, job: Job) -> Output:
+        if job.method not in _METHODS:
+            raise ValueError(f"{job.method} is no method of a Llama")
+        if isinstance(self._running, Generator):
+            self._running.close()
+        self._running = None
+        self._llama.begin(job)
+        args = dict(job.args)
+        if job.grammar is not None:
+            args["grammar"] = self._grammar(job.grammar)
+        if job.processors:
+            args["logits_processor"] = LogitsProcessorList([self._llama.process])
+        if job.criteria:
+            args["stopping_criteria"] = StoppingCriteriaList([self._llama.judge])
+        value = getattr(self._llama, job.method)(**args)
+        if isinstance(value, Iterator):
+            self._running = value
+            return self._output(None, end=True)
+        return self._output(value)
+
+    def _grammar(self, grammar: Grammar) -> Any:
+        if not grammar.schema:
+            made = LlamaGrammar.from_string(grammar.text)
+            made._root = grammar.root  # noqa: SLF001 - the original offers no other way
+            return made
+        try:
+            return LlamaGrammar.from_json_schema(grammar.text)
+        except Exception as error:
+            raise GrammarError(f"cannot be made into a grammar: {type(error).__name__}: {error}") from error
+
+    def _next(self, sent: list[int] | None) -> Output:
+        assert self._running is not None
+        try:
+            if sent is None:
+                return self._output(next(self._running))
+            assert isinstance(self._running, Generator)
+            return self._output(self._running.send(sent))
+        except StopIteration:
+            self._running = None
+            return self._output(None, end=True)
+
+    def _output(self, value: object, *, end: bool = False, note: Note | None = None) -> Output:
+        raw = value if isinstance(value, bytes) else self._encode(value)
+        self._parcel = raw if len(raw) > INLINE_MAX else b""
+        llama = self._llama
+        inline = b"" if self._parcel else raw
+        history = llama._history  # noqa: SLF001 - ours
+        n_tokens = len(history) if history else llama.n_tokens
+        note = note or llama.journal.take()  # a query brings none: it may come between two
+        return Output(inline, len(self._parcel), end, note, n_tokens, llama._seed)  # noqa: SLF001 - the original's
+
+    def _fetch(self, _: Fetch) -> Nothing:
+        (into,) = self._room.arena.arrays([("u1", len(self._parcel))])
+        into[:] = np.frombuffer(self._parcel, np.uint8)
+        self._parcel = b""
+        return Nothing()

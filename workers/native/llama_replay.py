@@ -1,0 +1,275 @@
+"""Child side: the real ``llama_cpp.Llama``, with a journal and a replay. Only cells import this module.
+
+Facts are those of llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import llama_cpp.llama
+import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama_cache import LlamaRAMCache
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+from crumplezone.sandbox.child.loop import AbandonedError, Room
+from crumplezone.workers.native.model import Voices
+from crumplezone.workers.protocol.llama import (
+    NOTE_MAX,
+    Evaluated,
+    Job,
+    Judge,
+    Judged,
+    LlamaConfig,
+    Note,
+    Process,
+    Stage,
+    question_shapes,
+)
+
+original: Any = llama_cpp.llama  # its own types are incomplete
+_NOTE_EVERY = 0.05  # seconds: what a crash can cost is that much drawing again
+
+
+class GrammarError(Exception):
+    """A grammar that llama.cpp does not accept. The original adds NULL to the chain and crashes."""
+
+
+class _Identity:
+    """In the place of the modules ``uuid`` and ``time``: a call made again has the ids that it had."""
+
+    def __init__(self, job: Job) -> None:
+        self._created = job.created
+        random.seed(job.identity)  # some chat formats make the ids of tool calls with it
+
+    def uuid4(self) -> uuid.UUID:
+        return uuid.UUID(int=random.getrandbits(128), version=4)
+
+    def time(self) -> int:
+        return self._created
+
+
+class Journal:
+    """What the supervisor has to know to do the running job again.
+
+    Args:
+        ask: Of the cell.
+    """
+
+    def __init__(self, ask: Callable[[msgspec.Struct], msgspec.Raw]) -> None:
+        self._ask = ask
+        self._evaluated: list[Evaluated] = []
+        self._drawn: list[tuple[int, int]] = []
+        self._told = time.monotonic()
+
+    def evaluating(self, at: int, tokens: Sequence[int]) -> None:
+        """Before a native call: a prompt is told at once, since it may be the one that crashes."""
+        for i in range(0, len(tokens), NOTE_MAX):
+            part = [int(token) for token in tokens[i : i + NOTE_MAX]]
+            self._evaluated.append(Evaluated(at + i, part))
+            if len(tokens) > 1:
+                self.tell()
+
+    def drew(self, generation: int, token: int) -> None:
+        """A token was drawn; those of a replay are known."""
+        self._drawn.append((generation, token))
+        self.breathe()
+
+    def breathe(self) -> None:
+        """Tell the supervisor if it has not heard for a while: its deadline begins anew."""
+        if time.monotonic() - self._told > _NOTE_EVERY:
+            self.tell()
+
+    def tell(self, stage: Stage = "") -> None:
+        """Tell the supervisor now."""
+        self._ask(self.take(stage))
+
+    def take(self, stage: Stage = "") -> Note:
+        """What is new, to be sent along with a reply."""
+        note = Note(self._evaluated, self._drawn, stage)
+        self._evaluated, self._drawn = [], []
+        self._told = time.monotonic()
+        return note
+
+
+class Hosted(original.Llama):  # type: ignore[misc] # an Any, see above
+    """The real one, with a journal and a replay."""
+
+    n_tokens: int
+
+    def __init__(self, config: LlamaConfig, room: Room, voices: Voices) -> None:
+        self.journal = Journal(room.ask)
+        self._room, self._voices = room, voices
+        self._job: Job | None = None
+        self._history: list[int] | None = None  # evaluated in another cell, and not yet here
+        self._generation = -1
+        self._forced: deque[int] = deque()
+        self._abandoned: AbandonedError | None = None
+        parameters = dict(config.parameters)
+        if config.lookup:
+            parameters["draft_model"] = LlamaPromptLookupDecoding(*config.lookup)
+        super().__init__(**parameters | {"model_path": config.path})
+        self.model_path = parameters["model_path"]
+
+    def begin(self, job: Job) -> None:
+        """Stand as the supervisor's `Llama` stands."""
+        self._job, self._history = job, job.history
+        if job.history is not None:
+            super().reset()
+        elif job.n_tokens < self.n_tokens and (self._is_recurrent or self._is_hybrid):
+            self._history = self.input_ids[: job.n_tokens].tolist()  # such a memory cannot be cut
+            super().reset()
+        elif job.n_tokens < self.n_tokens:
+            self.n_tokens, self._requires_eval = job.n_tokens, True
+        self._seed, self.chat_format = job.seed, job.chat_format
+        self._generation, self._abandoned = -1, None
+        self._forced = deque()
+        if job.cache is None:
+            self.cache = None
+        elif self.cache is None or self.cache.capacity_bytes != job.cache:
+            self.cache = LlamaRAMCache(job.cache)
+        original.uuid = original.time = _Identity(job)
+
+    # What the original calls, in the order in which it does.
+
+    def generate(  # noqa: D102 - the original's
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        assert self._job is not None
+        self._generation += 1
+        if self._generation < len(self._job.forced):
+            self._forced = deque(self._job.forced[self._generation])
+        if not kwargs.get("reset", True):
+            self.catch_up()
+        yield from super().generate(tokens, *args, **kwargs)
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("grammar") is not None:
+            self._compile(kwargs["grammar"])
+        return super()._init_sampler(*args, **kwargs)
+
+    def _compile(self, grammar: Any) -> None:
+        self.journal.tell("grammar")
+        self._voices.last_error = ""
+        with self._room.recorder.phase("grammar", len(grammar._grammar)):  # noqa: SLF001 - the original's
+            texts = grammar._grammar.encode(), grammar._root.encode()  # noqa: SLF001 - there is no other name
+            sampler = C.llama_sampler_init_grammar(self._model.vocab, *texts)
+        if not sampler:
+            raise GrammarError(self._voices.last_error or "llama.cpp cannot parse it")
+        C.llama_sampler_free(sampler)
+        self.journal.tell()
+
+    def reset(self) -> None:  # noqa: D102 - the original's
+        self._history = None
+        super().reset()
+
+    def eval(self, tokens: Sequence[int]) -> None:  # noqa: D102 - the original's
+        self.catch_up()
+        # Pieces of n_batch, as the original cuts them, so that each native call is told of before it runs.
+        for i in range(0, max(len(tokens), 1), self.n_batch):
+            piece = tokens[i : i + self.n_batch]
+            self.journal.evaluating(self.n_tokens, piece)
+            with self._room.recorder.phase("decode", len(piece)):
+                super().eval(piece)
+
+    def catch_up(self) -> None:
+        """Evaluate what another cell had evaluated."""
+        history, self._history = self._history, None
+        if history:
+            self.eval(history)
+
+    def embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002, D102 - the original's
+        return super().embed(input if isinstance(input, str) else self._breathing(input), *args, **kwargs)
+
+    def _breathing(self, texts: list[str]) -> Iterator[str]:
+        for text in texts:
+            self.journal.breathe()
+            yield text
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:  # noqa: D102 - the original's
+        self.catch_up()
+        if self._forced:
+            self._again(self._forced[0], kwargs.get("idx"))
+            self.journal.breathe()
+            return self._forced.popleft()
+        with self._room.recorder.phase("sample", self.n_tokens):
+            token = int(super().sample(*args, **kwargs))
+        if self._abandoned:  # ctypes prints what a logits processor raises, and goes on
+            raise self._abandoned
+        self.journal.drew(max(self._generation, 0), token)
+        return token
+
+    def _again(self, token: int, idx: int | None) -> None:
+        """`llama_sampler_sample`, but of a token that is known: noise and penalties move as they did."""
+        row = self._ctx.get_logits_ith(idx - self.n_tokens if idx is not None else -1)
+        self._candidates.copy_logits(np.ctypeslib.as_array(row, (self._n_vocab,)))
+        self._candidates.candidates.selected = -1
+        C.llama_sampler_apply(self._sampler.sampler, ctypes.byref(self._candidates.candidates))
+        self._sampler.accept(token)
+
+    # The caller's callbacks.
+
+    def process(self, input_ids: npt.NDArray[np.intc], logits: npt.NDArray[np.single]) -> Any:
+        """Logits processors. A token of the replay has been through them."""
+        if self._forced or self._abandoned:
+            return logits
+        try:
+            self._put(logits, input_ids)
+            self._room.ask(Process(len(input_ids), self.journal.take()))
+        except AbandonedError as error:
+            self._abandoned = error
+            return logits
+        return self._room.arena.arrays(question_shapes(self._n_vocab, 0))[0]
+
+    def judge(self, input_ids: npt.NDArray[np.intc], logits: npt.NDArray[np.single]) -> bool:
+        """Stopping criteria. They let every token of the replay pass; of the last one that is not certain."""
+        if self._forced:
+            return False
+        self._put(logits, input_ids)
+        answer = self._room.ask(Judge(len(input_ids), self.journal.take()))
+        return msgspec.msgpack.decode(answer, type=Judged).stop
+
+    def _put(self, logits: npt.NDArray[np.single], input_ids: npt.NDArray[np.intc]) -> None:
+        into = self._room.arena.arrays(question_shapes(self._n_vocab, len(input_ids)))
+        into[0][:], into[1][:] = logits, input_ids
+
+    # What the supervisor calls and the original has under no name.
+
+    def scores_bytes(self) -> bytes:
+        """Rows of scores, float32; none without ``logits_all``, which leaves them unwritten."""
+        self.catch_up()
+        return self._scores.tobytes() if self._logits_all else b""
+
+    def state_bytes(self) -> bytes:
+        """The state of llama.cpp."""
+        self.catch_up()
+        return bytes(self.save_state().llama_state)
+
+    def set_state(self, llama_state: bytes, input_ids: list[int], scores: bytes) -> None:
+        """`load_state`, of parts."""
+        n_tokens = len(input_ids)
+        ids = np.zeros_like(self.input_ids)
+        ids[:n_tokens] = input_ids
+        rows = np.frombuffer(scores, np.single).reshape(-1, self._n_vocab)
+        if not len(rows):
+            rows = np.zeros_like(self.scores[:n_tokens])
+        state = original.LlamaState(ids, rows, n_tokens, llama_state, len(llama_state), self._seed)
+        self.load_state(state)
+
+    def load_state(self, state: Any) -> None:  # noqa: D102 - the original's; a cache calls it too
+        self._history = None
+        super().load_state(state)
+        self.journal.evaluating(0, state.input_ids[: state.n_tokens].tolist())
+
+    def metadata_items(self) -> dict[str, str]:
+        """The model's metadata."""
+        return dict(self.metadata)

@@ -1,0 +1,1 @@
+"""What supervisor and cell say to each other, and the configuration of a cell. Imports no llama.cpp."""

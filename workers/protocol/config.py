@@ -1,0 +1,71 @@
+"""How a cell is configured, and what it says of its model and context."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from crumplezone.reports.records.llama import CacheType, FlashAttention
+
+# enum ggml_type (ggml.h): of BF16, llama-cpp-python has no constant
+CACHE_TYPES: dict[CacheType, int] = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+    "bf16": 30,
+}
+QUANTIZED = CACHE_TYPES.keys() - {"f32", "f16", "bf16"}
+FLASH_ATTENTION: dict[FlashAttention, int] = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
+Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Position = Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]
+
+
+class CellConfig(msgspec.Struct, frozen=True):
+    """Model and context parameters; names and meanings are those of ``llama_context_params``."""
+
+    model: str
+    n_ctx: int  # per cell: n_ctx_seq * n_seq_max
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+    n_threads: int
+    n_gpu_layers: int = 0
+    kv_unified: bool = False  # True: one stream of keys and values, through which sequences affect rounding
+    type_k: CacheType = "f16"
+    type_v: CacheType = "f16"
+    flash_attn: FlashAttention = "auto"
+
+
+class ModelFile(msgspec.Struct, frozen=True):
+    """What a zygote loads: of any cell's configuration, the fields that a model depends on."""
+
+    model: str
+    n_gpu_layers: int = 0
+
+
+class CellInfo(msgspec.Struct, frozen=True):
+    """What the loaded model and context are."""
+
+    n_vocab: Size
+    n_embd: Size
+    n_ctx_seq: Size
+    n_ctx_train: Size
+    n_batch: Size
+    has_encoder: bool
+    has_decoder: bool
+    n_embd_inp: Size
+    causal: bool  # attention; BERT-like models see the whole batch in one pass
+    recurrent: bool  # a state in the place of positions
+    learned_positions: bool  # no more than n_ctx_train of them
+    n_pos_per_embd: Annotated[int, msgspec.Meta(ge=1, le=4)]
+    description: str
+    system_info: str
+    llama_cpp: str

@@ -1,0 +1,1 @@
+"""How many sequences side by side are fastest on this machine."""
