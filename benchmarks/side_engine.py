@@ -18,7 +18,7 @@ from crumplezone.sandbox.child.loop import Room
 from crumplezone.sandbox.ipc.arena import Arena
 from crumplezone.workers.generate.in_flight import STEPS
 from crumplezone.workers.model.settings import configure
-from crumplezone.workers.native.decode_cell import LlamaCell
+from crumplezone.workers.native.decode_cell import DecodeCell
 from crumplezone.workers.protocol.messages import Generate, Join, Tokenize
 from crumplezone.workers.protocol.sampling import Sampling
 
@@ -26,7 +26,7 @@ N_BATCH = 2048
 
 
 class InProcessEngine:
-    """`LlamaCell` as a cell has it, but called directly.
+    """`DecodeCell` as a cell has it, but called directly.
 
     Args:
         path: The model.
@@ -48,7 +48,7 @@ class InProcessEngine:
         self._width, self._arena = width, Arena()
         unused, _ = socket.socketpair()
         room = Room(self._arena, unused, self._arena.recorder(), _never_asks)
-        self._cell = LlamaCell(msgspec.Raw(msgspec.msgpack.encode(config)), room)
+        self._cell = DecodeCell(msgspec.Raw(msgspec.msgpack.encode(config)), room)
 
     def complete(self, prompts: list[str], max_tokens: int) -> tuple[int, float]:
         """How many tokens it made, in how many seconds."""

@@ -18,7 +18,7 @@ from benchmarks.peer import serve
 from crumplezone.errors import CellDied
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
-from crumplezone.sandbox.cells.spares import Supply
+from crumplezone.sandbox.cells.spares import SparePool
 from crumplezone.sandbox.cells.zygote import Zygote
 
 JOBS, BAD_JOB = 100, 20
@@ -50,7 +50,7 @@ class _Cells:
     def __init__(self) -> None:
         config = chores.Config()
         self._zygote = Zygote(CellSpec(chores.SEED, config), _untold)
-        self._supply = Supply(CellSpec(chores.TARGET, config), self._zygote, 1, _cold, _untold)
+        self._supply = SparePool(CellSpec(chores.TARGET, config), self._zygote, 1, _cold, _untold)
         self._cell = self._supply.take()
 
     def call(self, chore: str) -> Any:

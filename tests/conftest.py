@@ -16,7 +16,7 @@ import crumplezone
 from crumplezone import Decoder
 from crumplezone.reports.records.report import Report
 from crumplezone.reports.store.store import Store
-from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.cells.decode_client import DecodeClient
 from tests.support.decoders import Dose, Job, Open, Record, read_all
 from tests.support.models.tiny_gguf import write_tiny_llama
 from tests.support.native import decode_poison as poison
@@ -79,7 +79,7 @@ def dose(monkeypatch: pytest.MonkeyPatch) -> Dose:
     """Make every llama.cpp cell that starts from now on a poisoned one."""
 
     def give(dosed: Poison, target: str = poison.TARGET) -> None:
-        monkeypatch.setattr(Runner.__init__, "__defaults__", (target,))
+        monkeypatch.setattr(DecodeClient.__init__, "__defaults__", (target,))
         monkeypatch.setenv(poison.VARIABLE, msgspec.json.encode(dosed).decode())
 
     return give

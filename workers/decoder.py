@@ -20,13 +20,12 @@ from crumplezone.errors import CellDied, InputError, UsageError, check_integer, 
 from crumplezone.reports.store.store import default_directory
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.batch import Batch
-from crumplezone.workers.batch.call import Ask
+from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ, Columns, Int32
 from crumplezone.workers.batch.ctypes_batch import read_llama_batch
 from crumplezone.workers.batch.results import Result
-from crumplezone.workers.batch.validate import Level, validate
-from crumplezone.workers.batch.validate import Memory as Held
-from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.batch.validate import Level, MemoryState, validate
+from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.embed.embedder import Embedder, Embeddings
 from crumplezone.workers.generate.complete import complete, in_order, wrong
@@ -35,9 +34,9 @@ from crumplezone.workers.generate.jobs import BatchJob, Job, PromptJob, Stream
 from crumplezone.workers.generate.pool import Plan, Pool
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.ladder import Ladder
-from crumplezone.workers.ladder.rungs import Descent
+from crumplezone.workers.ladder.rungs import SafeRungs
 from crumplezone.workers.memory.memory import Memory
-from crumplezone.workers.memory.session import Session
+from crumplezone.workers.memory.session import MemorySession
 from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import INT32_MAX, N_UBATCH, capacity, configure
@@ -125,8 +124,8 @@ class Decoder:
         )
         self._cells = Cells.of(config, limits, reporter, start, spares)
         self._native = self._cells.runner(config)
-        self._session = Session(self._native, reporter, checkpoint_every)
-        self._descent = Descent(self._native, reporter) if safe_fallback else None
+        self._session = MemorySession(self._native, reporter, checkpoint_every)
+        self._descent = SafeRungs(self._native, reporter) if safe_fallback else None
         self._ladder = Ladder(self._session, self._descent, reporter, preflight=preflight)
         self._plan = Plan(
             config, self._cells, workers, n_seq_max, n_threads, self._descent is not None, preflight
@@ -205,10 +204,10 @@ class Decoder:
         """
         with self._turn():
             columns = self._columns(batch, level)
-            held = Held(self._session.pos_min, self._session.pos_max)
+            held = MemoryState(self._session.pos_min, self._session.pos_max)
             room = capacity(self._native.info, self._native.config, embeddings=embeddings)
             validate(columns, room, held, level)
-            return self._ladder.decode(columns, Ask(embeddings=embeddings))
+            return self._ladder.decode(columns, DecodeOptions(embeddings=embeddings))
 
     def encode(self, batch: Batch | Columns) -> Result:
         """Hidden states of every token of a batch, from `llama_encode` if the model has an encoder.
@@ -226,8 +225,8 @@ class Decoder:
             columns = batch if isinstance(batch, Columns) else batch.columns()
             columns = dataclasses.replace(columns, outputs=np.ones(len(columns), np.bool_))
             room = capacity(info, config, embeddings=True)
-            validate(columns, room, Held.empty(config.n_seq_max), encode=info.has_encoder)
-            return self._ladder.encode(columns, Ask(logits=False, embeddings=True, encode=True))
+            validate(columns, room, MemoryState.empty(config.n_seq_max), encode=info.has_encoder)
+            return self._ladder.encode(columns, DecodeOptions(logits=False, embeddings=True, encode=True))
 
     def embed(
         self, texts: Iterable[str], *, pooling: str | None = None, normalize: bool = True
@@ -310,10 +309,10 @@ class Decoder:
         Raises:
             InputError: The batch does not fit the model or the context.
         """
-        nothing = Held.empty(self.n_seq_max)
+        nothing = MemoryState.empty(self.n_seq_max)
         columns = self._copied(batch, nothing.next_positions, "strict")
         validate(columns, capacity(self.info, self._native.config, embeddings=embeddings), nothing)
-        job = BatchJob(columns, Ask(embeddings=embeddings))
+        job = BatchJob(columns, DecodeOptions(embeddings=embeddings))
         self._put(job)
         return job.future
 
@@ -450,5 +449,5 @@ def _abandon(pools: list[Pool], owner: int) -> None:
         pool.abandon()
 
 
-def _known(*owners: Zygote | Runner | Embedder | None) -> list[int]:
+def _known(*owners: Zygote | DecodeClient | Embedder | None) -> list[int]:
     return [owner.pid for owner in owners if owner and owner.pid is not None]

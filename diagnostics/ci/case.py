@@ -18,7 +18,7 @@ from crumplezone.sandbox.autopsy import observe
 from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.columns import Columns, Float32
 from crumplezone.workers.batch.results import Rung
-from crumplezone.workers.incidents.case import Case as Job
+from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
 
@@ -77,7 +77,7 @@ class _Attempt:
     """
 
     def __init__(self, case: Case, reporter: Reporter) -> None:
-        self._case, self._reporter, self._job = case, reporter, Job()
+        self._case, self._reporter, self._job = case, reporter, JobRecord()
         self._ending, self._detail = Ending.PASS, ""
         self._evidence: Evidence | None = None  # of the first cell that was lost
         self._peak: int | None = None

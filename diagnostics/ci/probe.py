@@ -14,12 +14,12 @@ from crumplezone.errors import InputError, check_integer
 from crumplezone.reports.records.report import BatchRecord
 from crumplezone.reports.records.run import Shape
 from crumplezone.workers.batch.batch import Batch
-from crumplezone.workers.batch.call import Ask
+from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ, Columns, Float32, Int32
-from crumplezone.workers.cells.decode_client import Runner
-from crumplezone.workers.embed.client import EmbedRunner
-from crumplezone.workers.ladder.record import record
-from crumplezone.workers.memory.journal import Decoded, Journal
+from crumplezone.workers.cells.decode_client import DecodeClient
+from crumplezone.workers.embed.client import EmbedClient
+from crumplezone.workers.ladder.record import batch_record
+from crumplezone.workers.memory.journal import Appended, Journal
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
@@ -83,7 +83,7 @@ class Probe(Protocol):
     sent: BatchRecord | None
 
     @property
-    def runner(self) -> Runner | EmbedRunner:
+    def runner(self) -> DecodeClient | EmbedClient:
         """Its cell."""
 
     def tokenize(self) -> Int32:
@@ -112,8 +112,8 @@ class Texts:
     sent: BatchRecord | None = None
 
     def __init__(self, config: CellConfig, limits: Limits, *, process: bool = False, chunk: int = 0) -> None:
-        self.runner = Runner(config, limits, None)
-        self._ask, self._chunk = Ask(process=process), chunk
+        self.runner = DecodeClient(config, limits, None)
+        self._ask, self._chunk = DecodeOptions(process=process), chunk
 
     def tokenize(self) -> Int32:
         """See `Probe`."""
@@ -125,12 +125,12 @@ class Texts:
         steps, chosen = list[Float32](), list[Int32]()
         alone = len(columns.sequences) == 1
         for step in range(STEPS):
-            self.sent = record(columns, operation, chunk=self._chunk, journal=journal)
+            self.sent = batch_record(columns, operation, chunk=self._chunk, journal=journal)
             rows = self.runner.send(columns, self._ask, self._chunk, fresh=step == 0).logits
             assert rows is not None
             chosen.append(rows.argmax(axis=1).astype(np.int32))
             steps += [rows[0]] if alone else []
-            journal.add(Decoded(columns))
+            journal.add(Appended(columns))
             columns = _continued(columns, chosen[-1])
         kept = np.array(steps) if alone else None
         return [Said(tokens, kept) for tokens in np.array(chosen).T.tolist()]
@@ -149,7 +149,7 @@ class Hidden:
     sent: BatchRecord | None = None
 
     def __init__(self, config: CellConfig, limits: Limits, *, encode: bool, safe: bool) -> None:
-        self.runner = Runner(config, limits, None)
+        self.runner = DecodeClient(config, limits, None)
         self._encode, self._safe = encode, safe
 
     def tokenize(self) -> Int32:
@@ -159,8 +159,10 @@ class Hidden:
     def ask(self, columns: Columns) -> list[Float32]:
         """See `Probe`."""
         encode = self._encode and (self.runner.info.has_encoder or not self._safe)
-        self.sent = record(columns, "encode" if encode else "decode", embeddings=True)
-        rows = self.runner.send(columns, Ask(logits=False, embeddings=True, encode=encode)).embeddings
+        self.sent = batch_record(columns, "encode" if encode else "decode", embeddings=True)
+        rows = self.runner.send(
+            columns, DecodeOptions(logits=False, embeddings=True, encode=encode)
+        ).embeddings
         assert rows is not None
         return [rows[columns.rows_of(seq_id)] for seq_id in columns.sequences]
 
@@ -177,7 +179,7 @@ class Pooled:
     sent: BatchRecord | None = None
 
     def __init__(self, config: CellConfig, limits: Limits, pooling: str) -> None:
-        self.runner = EmbedRunner(config, limits, None)
+        self.runner = EmbedClient(config, limits, None)
         self._config, self._pooling = config, None if pooling == "model" else pooling
 
     def tokenize(self) -> Int32:
@@ -191,7 +193,7 @@ class Pooled:
         pooling = self.runner.pooling(self._pooling)  # the model's own is known once the cell has started
         config = EmbedConfig(**msgspec.structs.asdict(self._config), pooling=pooling)
         vectors = np.empty((len(columns.sequences), n_embd), np.float32)
-        self.sent = record(columns, "embed", embeddings=True)
+        self.sent = batch_record(columns, "embed", embeddings=True)
         self.runner.embed(config, columns, vectors, range(len(vectors)))
         return list(vectors[:, None])
 

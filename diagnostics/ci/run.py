@@ -22,7 +22,7 @@ from crumplezone.diagnostics.ci.pool import run_all
 from crumplezone.errors import CrumplezoneError
 from crumplezone.reports.records.report import Environment, ModelRecord
 from crumplezone.reports.records.run import CaseRecord, News, RunRecord
-from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.model.file import describe
 from crumplezone.workers.model.limits import Limits
@@ -163,7 +163,7 @@ def _describe(job: Job) -> tuple[list[ModelRecord], Environment]:
         with contextlib.suppress(CrumplezoneError):  # its cases tell why
             config = configure(path, n_ctx=1, n_batch=1, n_threads=1)
             limits = Limits(case.deadline, case.memory or job.memory)
-            with contextlib.closing(Runner(config, limits, reporter=None)) as runner:
+            with contextlib.closing(DecodeClient(config, limits, reporter=None)) as runner:
                 description = runner.info.description
                 found = environment(runner.info)
         models.append(describe(str(path), description))

@@ -23,7 +23,7 @@ from crumplezone.reports.printable import printable
 from crumplezone.reports.records.report import Evidence, Exit
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.guest import Guest
-from crumplezone.sandbox.cells.guest_server import Lobby
+from crumplezone.sandbox.cells.guest_server import GuestServer
 from crumplezone.sandbox.child import startup
 from crumplezone.sandbox.child.exec_hook import VARIABLE
 from crumplezone.sandbox.process.launch import child_of, launch, stdio_taken
@@ -40,7 +40,7 @@ _UNKNOWN = 255
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProgramLimits:
     """Of a program.
 
     Attributes:
@@ -52,7 +52,7 @@ class Limits:
     memory: int | None = None
 
 
-def run(command: Sequence[str], limits: Limits, store: Path) -> int:
+def run(command: Sequence[str], limits: ProgramLimits, store: Path) -> int:
     """Run a program with the input, output, directory and environment of this process.
 
     Call it from the main thread of a process that has no other: it blocks signals, to pass them on.
@@ -84,7 +84,7 @@ def run(command: Sequence[str], limits: Limits, store: Path) -> int:
         reporter.close()
 
 
-def _watch(command: Sequence[str], limits: Limits, reporter: Reporter) -> int | Incident:
+def _watch(command: Sequence[str], limits: ProgramLimits, reporter: Reporter) -> int | Incident:
     """Run it to its end, and all that was lost on the way to the end of its autopsy."""
     with stdio_taken(), contextlib.ExitStack() as stack:
         copy = Copy()
@@ -93,7 +93,7 @@ def _watch(command: Sequence[str], limits: Limits, reporter: Reporter) -> int | 
         # Before there is any thread, for all of them inherit this; but not the program.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
-        lobby = Lobby(partial(_tell_of_child, reporter, command), limits.memory, copy.tail)
+        lobby = GuestServer(partial(_tell_of_child, reporter, command), limits.memory, copy.tail)
         stack.callback(lobby.close)
         restore = partial(_restore, mask, ignored)
         begin, env = partial(_begin, command, restore, copy, lobby), _environment(lobby.address)
@@ -132,7 +132,11 @@ def _restore(mask: set[Any], ignored: bool) -> None:
 
 
 def _begin(
-    command: Sequence[str], restore: Callable[[], None], copy: Copy, lobby: Lobby, env: Mapping[str, str]
+    command: Sequence[str],
+    restore: Callable[[], None],
+    copy: Copy,
+    lobby: GuestServer,
+    env: Mapping[str, str],
 ) -> Process:
     """Start it. It stays in our process group: its terminal shall treat it as it would without us."""
 

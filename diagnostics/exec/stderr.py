@@ -9,7 +9,7 @@ import subprocess
 import termios
 from threading import Thread
 
-from crumplezone.sandbox.process.drain import Tail
+from crumplezone.sandbox.process.drain import OutputTail
 
 _STDERR = 2
 _PIPE = 64 * 1024  # bytes: what a pipe holds (pipe(7)), a terminal holds less
@@ -24,7 +24,7 @@ class Copy:
     """
 
     def __init__(self) -> None:
-        self.tail = Tail()
+        self.tail = OutputTail()
         self._is_terminal = os.isatty(_STDERR)
         self._source, self.end = os.openpty() if self._is_terminal else os.pipe2(os.O_CLOEXEC)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)

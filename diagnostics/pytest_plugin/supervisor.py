@@ -25,7 +25,7 @@ from crumplezone.errors import InputError, check_integer, check_number
 from crumplezone.reports.records.report import Frame
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.guest import Guest
-from crumplezone.sandbox.process.drain import Tail
+from crumplezone.sandbox.process.drain import OutputTail
 from crumplezone.sandbox.process.launch import launch
 from crumplezone.sandbox.process.lines import Ends
 from crumplezone.sandbox.process.process import Child, children_kept, reap_own
@@ -48,7 +48,7 @@ class _Forked(BaseException):
         self.ends = ends
 
 
-class _Said(Tail):
+class _TestOutput(OutputTail):
     """The standard error of a test. Where pytest does not capture it, it is passed on as it comes."""
 
     def __init__(self, config: pytest.Config) -> None:
@@ -84,7 +84,7 @@ class _Ran:
         incident: How the cell was lost, if it was.
     """
 
-    said: _Said
+    said: _TestOutput
     wire: Wire
     began: float = field(default_factory=time.time)
     reports: list[pytest.TestReport] = field(default_factory=list)
@@ -151,7 +151,7 @@ def _run_cell(item: pytest.Item, limits: _Limits) -> _Ran:
         plugin = config.pluginmanager.get_plugin("logging-plugin")
         wire = Wire(plugin.formatter if plugin else logging.Formatter(logging.BASIC_FORMAT))
         stack.callback(wire.close)
-        ran = _Ran(_Said(config), wire)
+        ran = _Ran(_TestOutput(config), wire)
         ignored = stack.enter_context(children_kept())
         guest = _start(item, limits, notes, ran, ignored=ignored)
         stack.callback(guest.close)

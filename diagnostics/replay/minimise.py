@@ -18,8 +18,8 @@ from crumplezone.diagnostics.replay.recipe import read_recipe
 from crumplezone.diagnostics.replay.replay import Run, find_model, new_runner, run
 from crumplezone.errors import CrumplezoneError, NotShownError, UsageError, check_integer
 from crumplezone.reports.records.report import Evidence, Outcome, Report
-from crumplezone.workers.cells.decode_client import Runner
-from crumplezone.workers.embed.client import EmbedRunner
+from crumplezone.workers.cells.decode_client import DecodeClient
+from crumplezone.workers.embed.client import EmbedClient
 from crumplezone.workers.protocol.config import CellConfig
 
 _SURE = 3  # runs that all crash alike: it is no flaky crash
@@ -111,7 +111,7 @@ class _Search:
     tries: int = 1
     complete: bool = False
     _failed: set[bytes] = field(default_factory=set)
-    _runner: Runner | EmbedRunner | None = None
+    _runner: DecodeClient | EmbedClient | None = None
 
     def run(self) -> Minimised:
         """Measure, then reduce until nothing more can go."""
@@ -208,7 +208,7 @@ class _Search:
             return Run(Outcome.REFUSED, str(error))
         return tried
 
-    def _new_runner(self, config: CellConfig) -> Runner | EmbedRunner:
+    def _new_runner(self, config: CellConfig) -> DecodeClient | EmbedClient:
         self.close()
         self._runner = new_runner(config, self.deadline)
         return self._runner

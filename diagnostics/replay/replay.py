@@ -28,10 +28,10 @@ from crumplezone.reports.records.report import (
     Verdict,
 )
 from crumplezone.sandbox.process.cgroup import available_memory
-from crumplezone.workers.batch.call import Ask, RefusedError
+from crumplezone.workers.batch.call import DecodeOptions, RefusedError
 from crumplezone.workers.batch.columns import Columns
-from crumplezone.workers.cells.decode_client import Runner
-from crumplezone.workers.embed.client import EmbedRunner
+from crumplezone.workers.cells.decode_client import DecodeClient
+from crumplezone.workers.embed.client import EmbedClient
 from crumplezone.workers.generate.in_flight import STEPS
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.model.file import check_file, describe
@@ -119,15 +119,15 @@ def replay(
     return Replayed(summary, done, verdict, notes + _other_versions(report, versions))
 
 
-def new_runner(config: CellConfig, deadline: float | None) -> Runner | EmbedRunner:
+def new_runner(config: CellConfig, deadline: float | None) -> DecodeClient | EmbedClient:
     """A runner that keeps its crashes to itself and leaves this machine the memory that others use."""
     limits = Limits(deadline, available_memory())
     if isinstance(config, EmbedConfig):
-        return EmbedRunner(config, limits, reporter=None)
-    return Runner(config, limits, reporter=None)
+        return EmbedClient(config, limits, reporter=None)
+    return DecodeClient(config, limits, reporter=None)
 
 
-def run(runner: Runner | EmbedRunner, batch: BatchRecord | None, report: Report) -> Run:
+def run(runner: DecodeClient | EmbedClient, batch: BatchRecord | None, report: Report) -> Run:
     """Send a batch once (None: load the model) and compare its crash, if it is one, with the recorded one.
 
     Raises:
@@ -136,15 +136,17 @@ def run(runner: Runner | EmbedRunner, batch: BatchRecord | None, report: Report)
     try:
         if batch is None:
             runner.start()
-        elif isinstance(runner, EmbedRunner):
+        elif isinstance(runner, EmbedClient):
             _embed(runner, batch)
         elif batch.operation == "generate":
             _generate(runner, batch)
         else:
             encode, process = batch.operation == "encode", batch.operation == "process"
-            ask = Ask(not encode, encode or batch.embeddings, encode=encode, process=process)
+            ask = DecodeOptions(not encode, encode or batch.embeddings, encode=encode, process=process)
             for place, held in enumerate(batch.held):
-                runner.send(_held_columns(held), Ask(logits=False), runner.n_batch, fresh=place == 0)
+                runner.send(
+                    _held_columns(held), DecodeOptions(logits=False), runner.n_batch, fresh=place == 0
+                )
             runner.send(columns_of(batch), ask, batch.chunk, fresh=not batch.held)
     except CellDied as died:
         return crashed(died.incident.evidence.result(), report)
@@ -180,7 +182,7 @@ def sequences_of(batch: BatchRecord) -> list[list[int]]:
     ]
 
 
-def _embed(runner: EmbedRunner, batch: BatchRecord) -> None:
+def _embed(runner: EmbedClient, batch: BatchRecord) -> None:
     """The native call of an embedding, in the context that it had."""
     assert isinstance(runner.given, EmbedConfig)
     columns = columns_of(batch)
@@ -218,7 +220,7 @@ def sampling_of(each: schema.Generating) -> Sampling:
     return Sampling(**{field.name: getattr(each, field.name) for field in dataclasses.fields(Sampling)})
 
 
-def _generate(runner: Runner, batch: BatchRecord) -> None:
+def _generate(runner: DecodeClient, batch: BatchRecord) -> None:
     """Prefill every sequence that was in flight, and go on from its last delivered token."""
     joins = [
         (

@@ -18,7 +18,7 @@ Facts = dict[str, str]
 _SHOWN = 12  # values of a list that are shown; the others only as a hash
 
 
-class Difference(msgspec.Struct, frozen=True):
+class ReportDifference(msgspec.Struct, frozen=True):
     """One fact that is not the same. A fact that one side lacks is empty there."""
 
     section: str
@@ -38,7 +38,7 @@ class Diff(msgspec.Struct, frozen=True):
     """Two crashes side by side."""
 
     same_signature: bool
-    differences: list[Difference]
+    differences: list[ReportDifference]
     frames: list[FrameLine]
 
 
@@ -49,7 +49,7 @@ def compare(a: Report, b: Report) -> Diff:
     facts_a["machine"] |= _only(a.environment.cpu_flags, b.environment.cpu_flags)
     facts_b["machine"] |= _only(b.environment.cpu_flags, a.environment.cpu_flags)
     differences = [
-        Difference(section, name, facts_a[section].get(name, ""), facts_b[section].get(name, ""))
+        ReportDifference(section, name, facts_a[section].get(name, ""), facts_b[section].get(name, ""))
         for section in facts_a
         for name in facts_a[section] | facts_b[section]
         if facts_a[section].get(name, "") != facts_b[section].get(name, "")

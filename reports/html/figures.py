@@ -168,7 +168,7 @@ def _tick(ms: int) -> str:
 
 
 @dataclass
-class _Row:
+class _SequenceRow:
     """One sequence of the batch.
 
     Attributes:
@@ -209,25 +209,25 @@ def batch(record: BatchRecord, blamed: Collection[int]) -> Markup:
     return join([tag("p", "; ".join(notes), class_="quiet"), table, _legend(rows, blamed)])
 
 
-def _rows(record: BatchRecord) -> dict[int, _Row]:
-    rows: dict[int, _Row] = {}
+def _rows(record: BatchRecord) -> dict[int, _SequenceRow]:
+    rows: dict[int, _SequenceRow] = {}
     columns = zip(record.seq_ids, record.positions, record.outputs, strict=False)
     for index, (seq_id, position, output) in enumerate(columns):
         for seq in {seq_id, *record.shared.get(str(index), ())}:
-            row = rows.setdefault(seq, _Row())
+            row = rows.setdefault(seq, _SequenceRow())
             row.positions.append(position)
             if output:
                 row.outputs.append(position)
     for held in record.held:
         if held.positions:
-            rows.setdefault(held.seq_id, _Row()).held += held.positions
+            rows.setdefault(held.seq_id, _SequenceRow()).held += held.positions
     for each in record.generating:  # the memory has it, but for the tokens of this batch
-        row = rows.setdefault(each.seq_id, _Row())
+        row = rows.setdefault(each.seq_id, _SequenceRow())
         row.held += range(min(min(row.positions, default=len(each.tokens)), len(each.tokens)))
     return {seq: row for seq, row in rows.items() if row.positions or row.held}
 
 
-def _sequence(seq: int, row: _Row, low: int, span: int, blamed: bool) -> Markup:
+def _sequence(seq: int, row: _SequenceRow, low: int, span: int, blamed: bool) -> Markup:
     columns = min(span, _COLUMNS)
     kinds = {"held": row.held, "token": row.positions, "output": row.outputs}
     paths = [
@@ -259,7 +259,7 @@ def _cells(columns: set[int], kind: str, *, single: bool) -> str:
     return "".join(box(start, top, end - start, height) for start, end in runs)
 
 
-def _legend(rows: dict[int, _Row], blamed: Collection[int]) -> Markup:
+def _legend(rows: dict[int, _SequenceRow], blamed: Collection[int]) -> Markup:
     known = [
         ("token", "token", any(row.positions for row in rows.values())),
         ("output", "output asked for", any(row.outputs for row in rows.values())),

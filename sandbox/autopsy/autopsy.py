@@ -22,7 +22,7 @@ from crumplezone.sandbox.process.cgroup import oom_kills
 from crumplezone.sandbox.process.drain import Drain
 from crumplezone.sandbox.process.elf import read_elf
 from crumplezone.sandbox.process.process import Process
-from crumplezone.sandbox.process.procfs import Call, Map, current_calls, find_map, read_maps, states
+from crumplezone.sandbox.process.procfs import Map, SystemCall, current_calls, find_map, read_maps, states
 
 _STOP_DEADLINE = 2.0  # seconds
 _HEAD_START = 0.05  # seconds: the job that goes on has the processors first; what is stopped keeps
@@ -196,7 +196,7 @@ def _await_stop(process: Process) -> None:
 def _look(death: Death, seen: _Seen) -> None:
     """Everything that /proc has, within a few milliseconds."""
     pid = death.process.pid
-    calls: dict[int, Call | None] = {}
+    calls: dict[int, SystemCall | None] = {}
     with _step(death, "maps", _MAY_LOOK):
         seen.maps = read_maps(pid)
     with _step(death, "system calls"):

@@ -8,7 +8,7 @@ import re
 from pathlib import PurePosixPath
 
 from crumplezone.reports.records.report import Mapping, Thread
-from crumplezone.sandbox.process.procfs import Call, Map, find_map, read_text, threads
+from crumplezone.sandbox.process.procfs import Map, SystemCall, find_map, read_text, threads
 
 _MAPS_MAX = 4096
 _THREADS_MAX = 1024
@@ -42,7 +42,7 @@ def limits(pid: int) -> dict[str, str]:
     return {name: soft if soft == "unlimited" else f"{soft} {unit}".strip() for name, soft, unit in found}
 
 
-def thread_list(pid: int, calls: dict[int, Call | None], maps: list[Map]) -> list[Thread]:
+def thread_list(pid: int, calls: dict[int, SystemCall | None], maps: list[Map]) -> list[Thread]:
     """Every thread: its name, the system call it is in, and where in which module."""
     return [_thread(pid, tid, calls, maps) for tid in threads(pid)[:_THREADS_MAX]]
 
@@ -55,7 +55,7 @@ def records(maps: list[Map], build_ids: dict[str, str]) -> list[Mapping]:
     ]
 
 
-def _thread(pid: int, tid: int, calls: dict[int, Call | None], maps: list[Map]) -> Thread:
+def _thread(pid: int, tid: int, calls: dict[int, SystemCall | None], maps: list[Map]) -> Thread:
     name = ""
     with contextlib.suppress(OSError):  # it ended meanwhile
         name = read_text(f"/proc/{pid}/task/{tid}/comm").removesuffix("\n")

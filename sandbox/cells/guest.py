@@ -19,7 +19,7 @@ from crumplezone.sandbox.autopsy import autopsy
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.autopsy.release import parked
 from crumplezone.sandbox.process.cgroup import oom_kills
-from crumplezone.sandbox.process.drain import Tail, abandon, drained
+from crumplezone.sandbox.process.drain import OutputTail, abandon, drained
 from crumplezone.sandbox.process.process import POLL_MAX, Process
 
 _LOOK = 1.0  # seconds between looks at a process that cannot call
@@ -95,7 +95,7 @@ class Guest:
         *,
         env: Mapping[str, str] = _NO_ENV,
         memory_limit: int | None = None,
-        stderr: Tail | None = None,
+        stderr: OutputTail | None = None,
     ) -> None:
         self._owner = os.getpid()
         self._oom_kills = oom_kills()

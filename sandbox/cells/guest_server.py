@@ -20,7 +20,7 @@ from crumplezone.reports.records.report import Step
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.guest import Guest
 from crumplezone.sandbox.child.exec_hook import HELLO
-from crumplezone.sandbox.process.drain import Tail
+from crumplezone.sandbox.process.drain import OutputTail
 from crumplezone.sandbox.process.launch import launch
 from crumplezone.sandbox.process.lines import Ends
 from crumplezone.sandbox.process.process import Child, Process
@@ -39,7 +39,7 @@ _PIDFD_GET_INFO, _PIDFD_INFO_SIZE, _PIDFD_INFO_EXIT, _EXIT_CODE_AT = 0xC040FF0B,
 _STAT_STATE, _STAT_EXIT_CODE = 0, 49  # of /proc/PID/stat, behind the name (proc_pid_stat(5))
 
 
-class Lobby:
+class GuestServer:
     """Listens for Pythons.
 
     Args:
@@ -48,7 +48,9 @@ class Lobby:
         stderr: What all of them say.
     """
 
-    def __init__(self, lost: Callable[[int, Incident], None], memory_limit: int | None, stderr: Tail) -> None:
+    def __init__(
+        self, lost: Callable[[int, Incident], None], memory_limit: int | None, stderr: OutputTail
+    ) -> None:
         self._lost, self._limit, self._stderr = lost, memory_limit, stderr
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # An abstract one leaves no file behind, and is within reach wherever the program goes to.

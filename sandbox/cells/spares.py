@@ -24,7 +24,7 @@ _JOIN = 1.0  # seconds for the thread's end, where it waits for a zygote that lo
 _log = logging.getLogger(__name__)
 
 
-class Supply:
+class SparePool:
     """Where a caller takes its cells from. Without spares it just starts one.
 
     The first spare is made after the first cell was taken: a machine that has no room for one, or a model
@@ -48,7 +48,7 @@ class Supply:
         warm: Callable[[Cell], None],
         on_death: Callable[[Incident], None],
     ) -> None:
-        self._keeper = _Keeper(spec, zygote, spares, warm, on_death)
+        self._keeper = _SpareKeeper(spec, zygote, spares, warm, on_death)
         self._finalizer = weakref.finalize(self, self._keeper.close)
 
     def take(self) -> Cell:
@@ -77,8 +77,8 @@ class Supply:
         self._finalizer()
 
 
-class _Keeper:
-    """What the thread refers to: not the `Supply`, so that one that nobody closed can be collected."""
+class _SpareKeeper:
+    """What the thread refers to: not the `SparePool`, so that one that nobody closed can be collected."""
 
     def __init__(
         self,

@@ -23,7 +23,14 @@ from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.child import fork_server as nursery
-from crumplezone.sandbox.child.fork_server import Fork, Forked, NurseryConfig, Reap, Reaped, UnforkableError
+from crumplezone.sandbox.child.fork_server import (
+    Fork,
+    Forked,
+    ForkServerConfig,
+    Reap,
+    Reaped,
+    UnforkableError,
+)
 from crumplezone.sandbox.process.launch import Starter, environment, launch, spawn
 from crumplezone.sandbox.process.lines import Ends
 from crumplezone.sandbox.process.process import Child, Process, reap_own
@@ -43,13 +50,13 @@ class Zygote:
     Where nothing can be forked (what it loaded has threads, or it dies again and again), it spawns.
 
     Args:
-        spec: What it loads: ``target`` names a seed, as `NurseryConfig` has it.
+        spec: What it loads: ``target`` names a seed, as `ForkServerConfig` has it.
         on_death: Called with the incident if it dies after it was ready. It must not refer to whoever is to
             close this zygote when it is collected: cells refer to the zygote that forked them.
     """
 
     def __init__(self, spec: CellSpec, on_death: Callable[[Incident], None]) -> None:
-        config = NurseryConfig(spec.target, msgspec.Raw(msgspec.msgpack.encode(spec.config)))
+        config = ForkServerConfig(spec.target, msgspec.Raw(msgspec.msgpack.encode(spec.config)))
         self._spec = dataclasses.replace(spec, target=nursery.TARGET, config=config)
         self._on_death = on_death
         self._starter = Starter(spawn)

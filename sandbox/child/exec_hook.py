@@ -39,7 +39,7 @@ class _Armed:
     def __init__(self, address: str) -> None:
         self._address = address  # the program may change its environment
         lines = _ask(address)
-        self._lines: _Lines | None = lines
+        self._lines: _ProgramLines | None = lines
         self._marks = ExitMarks(lines.arena)
         lines.hold()
 
@@ -62,7 +62,7 @@ class _Armed:
             hold_on_fault(self._lines.fault, self._lines.supervisor, park=False)
 
 
-class _Lines(NamedTuple):
+class _ProgramLines(NamedTuple):
     supervisor: int  # its process id
     fault: int
     arena: int
@@ -99,7 +99,7 @@ def begin() -> None:
     atexit.register(armed.end)  # the first to be registered is the last to be called
 
 
-def _ask(address: str) -> _Lines:
+def _ask(address: str) -> _ProgramLines:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(_PATIENCE)
         sock.connect(f"\0{address}")
@@ -109,7 +109,7 @@ def _ask(address: str) -> _Lines:
     supervisor, count = HELLO.unpack(hello)
     if len(fds) != count:
         raise OSError("this process has no descriptor left")
-    return _Lines(supervisor, *map(_out_of_the_way, fds))
+    return _ProgramLines(supervisor, *map(_out_of_the_way, fds))
 
 
 def _out_of_the_way(fd: int) -> int:

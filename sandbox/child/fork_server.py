@@ -18,14 +18,14 @@ from typing import Annotated, Any
 
 import msgspec
 
-from crumplezone.sandbox.child.loop import Reborn, Room, find
+from crumplezone.sandbox.child.loop import ForkedChild, Room, find
 from crumplezone.sandbox.process.lines import Ends
 from crumplezone.sandbox.process.process import returncode
 
-TARGET = f"{__name__}:Nursery"
+TARGET = f"{__name__}:ForkServer"
 
 
-class NurseryConfig(msgspec.Struct, frozen=True):
+class ForkServerConfig(msgspec.Struct, frozen=True):
     """What to load.
 
     Attributes:
@@ -72,18 +72,18 @@ class UnforkableError(Exception):
     """What was loaded does not survive a fork."""
 
 
-class Nursery:
+class ForkServer:
     """The service of a zygote.
 
     Args:
-        config: An encoded `NurseryConfig`.
+        config: An encoded `ForkServerConfig`.
         room: The zygote's.
     """
 
     request_type: Any = Fork | Reap
 
     def __init__(self, config: msgspec.Raw, room: Room, _: None = None) -> None:
-        asked = msgspec.msgpack.decode(config, type=NurseryConfig)
+        asked = msgspec.msgpack.decode(config, type=ForkServerConfig)
         self._sock = room.sock
         self._preloaded = find(asked.seed)(asked.config, room)
         # The collector writes into what it looks at: a cell would get a copy of every page.
@@ -108,7 +108,7 @@ class Nursery:
                 raise UnforkableError(f"{n_threads} threads run in the zygote")
             if (pid := os.fork()) == 0:
                 _settle(ends, request)
-                raise Reborn(ends[:-1], self._preloaded)
+                raise ForkedChild(ends[:-1], self._preloaded)
             os.setpgid(pid, pid)  # both do so: it is a group before anybody hears of it, and before it works
             return Forked(pid)
         finally:

@@ -40,7 +40,7 @@ class AbandonedError(Exception):
     """The supervisor did not answer a question: the call is to end; its caller knows why."""
 
 
-class Reborn(BaseException):
+class ForkedChild(BaseException):
     """Raised by a service in a fork of its process: to be another cell, from the bottom of the stack on.
 
     So the stacks of a forked cell are those of a spawned one. The traceback keeps what the old stack referred
@@ -210,11 +210,11 @@ def main() -> NoReturn:
     while True:
         try:
             live(ends, supervisor, preloaded)
-        except Reborn as reborn:
+        except ForkedChild as reborn:
             lives.append(reborn)
             ends, preloaded = list(reborn.ends), reborn.preloaded
 
 
 if __name__ == "__main__":
-    # In the module that services import: `Reborn` of the module `__main__` would be another class.
+    # In the module that services import: `ForkedChild` of the module `__main__` would be another class.
     find("crumplezone.sandbox.child.loop:main")()

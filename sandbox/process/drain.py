@@ -49,7 +49,7 @@ def _bounded(line: LogLine) -> LogLine:
     )
 
 
-class Tail:
+class OutputTail:
     """The last 64 KiB of what a process says."""
 
     def __init__(self) -> None:
@@ -77,10 +77,10 @@ class Drain:
         stderr: What it says, if somebody else reads that; what comes down its own line is added.
     """
 
-    def __init__(self, process: Process, memory_limit: int | None, stderr: Tail | None = None) -> None:
+    def __init__(self, process: Process, memory_limit: int | None, stderr: OutputTail | None = None) -> None:
         self.over_memory = False
         self.peak_rss: int | None = None
-        self._stderr = stderr or Tail()
+        self._stderr = stderr or OutputTail()
         self._logs: deque[str] = deque(maxlen=_LOG_TAIL)
         self._undelivered: queue.SimpleQueue[LogLine | None] = queue.SimpleQueue()
         self._dropped = 0
@@ -229,7 +229,7 @@ class Drain:
             self._process.signal(signal.SIGKILL)
 
 
-def drained(process: Process, memory_limit: int | None, stderr: Tail | None = None) -> Drain:
+def drained(process: Process, memory_limit: int | None, stderr: OutputTail | None = None) -> Drain:
     """Drain a process that was just started; what raises has ended it.
 
     Raises:

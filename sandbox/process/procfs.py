@@ -24,7 +24,7 @@ class Map(NamedTuple):
     path: str
 
 
-class Call(NamedTuple):
+class SystemCall(NamedTuple):
     """Where a thread that waits in the kernel or is stopped has left user space."""
 
     number: int  # of its system call; -1: it is in none
@@ -90,19 +90,19 @@ def stat_fields(place: str) -> list[str]:
     return read_text(f"/proc/{place}/stat").rpartition(")")[2].split()
 
 
-def current_calls(pid: int) -> dict[int, Call | None]:
+def current_calls(pid: int) -> dict[int, SystemCall | None]:
     """The system call that each thread is in, None while it runs; the main thread comes first.
 
     What ended meanwhile, or may not be looked at, is absent. This is what costs most of a capture: the kernel
     makes sure that each thread is off its processor, some 0.03 ms.
     """
-    calls: dict[int, Call | None] = {}
+    calls: dict[int, SystemCall | None] = {}
     for tid in threads(pid):
         with contextlib.suppress(OSError):
             # "running", "-1 SP PC", or "NUMBER six arguments SP PC"
             number, *rest = read_text(f"/proc/{pid}/task/{tid}/syscall").split()
             words = [int(each, 16) for each in rest]
-            calls[tid] = Call(int(number), tuple(words[:-2]), *words[-2:]) if words else None
+            calls[tid] = SystemCall(int(number), tuple(words[:-2]), *words[-2:]) if words else None
     return calls
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from crumplezone.errors import InputError
 from crumplezone.workers.batch.batch import Batch
 from crumplezone.workers.batch.columns import Columns
-from crumplezone.workers.batch.validate import Capacity, Level, Memory, validate
+from crumplezone.workers.batch.validate import Capacity, Level, MemoryState, validate
 
 INT_MAX = 2**31 - 1
 BOTH: tuple[Level, ...] = ("strict", "native")
@@ -17,10 +17,10 @@ N_SEQ_MAX = 4
 LIMITS = Capacity(n_vocab=128, n_embd=32, n_batch=64, n_ubatch=16, n_seq_max=N_SEQ_MAX, n_ctx_seq=256)
 
 
-def held(**ends: int) -> Memory:
+def held(**ends: int) -> MemoryState:
     """Memory in which sequence ``sN`` ends at the given position."""
     pos_max = np.array([ends.get(f"s{i}", -1) for i in range(N_SEQ_MAX)], np.int32)
-    return Memory(np.minimum(pos_max, 0), pos_max)
+    return MemoryState(np.minimum(pos_max, 0), pos_max)
 
 
 def columns(
@@ -42,18 +42,18 @@ def refused(
     level: Level = "strict",
     *,
     limits: Capacity = LIMITS,
-    memory: Memory | None = None,
+    memory: MemoryState | None = None,
     **more: Any,
 ) -> str:
     """Why it was, or nothing."""
     try:
-        validate(batch, limits, memory or Memory.empty(N_SEQ_MAX), level, **more)
+        validate(batch, limits, memory or MemoryState.empty(N_SEQ_MAX), level, **more)
     except InputError as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
-def random_batch(rng: np.random.Generator, memory: Memory) -> Columns:
+def random_batch(rng: np.random.Generator, memory: MemoryState) -> Columns:
     """A valid batch, most often with something wrong."""
     n, n_seqs = int(rng.integers(1, 25)), int(rng.integers(1, N_SEQ_MAX + 1))
     embd = rng.random() < 0.1

@@ -29,7 +29,7 @@ from crumplezone.errors import (
 )
 from crumplezone.reports.records.report import Exit, Held
 from crumplezone.reports.store.store import Store
-from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
 from tests.support.ctypes_batches import foreign, point
@@ -220,7 +220,7 @@ def test_fewer_tokens_per_call_than_sequences(tiny: Path, make: Open, store: Sto
     assert make(tiny, 4, n_batch=4, n_ubatch=1).decode(Batch.of([[1]] * 4)).errors == {}
     assert store.rows() == []
     config = configure(tiny, n_ctx=1024, n_batch=4, n_seq_max=4, n_threads=1)
-    refused = Runner(msgspec.structs.replace(config, n_batch=3), Limits(30, None), reporter=None)
+    refused = DecodeClient(msgspec.structs.replace(config, n_batch=3), Limits(30, None), reporter=None)
     with contextlib.closing(refused), pytest.raises(CellDied) as died:
         refused.start()
     assertion = died.value.incident.evidence.result().assertion

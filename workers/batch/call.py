@@ -54,7 +54,7 @@ class Rows(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Ask:
+class DecodeOptions:
     """What is wanted of a decode."""
 
     logits: bool = True

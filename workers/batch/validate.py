@@ -63,7 +63,7 @@ class Capacity:
 
 
 @dataclass(frozen=True, eq=False)
-class Memory:
+class MemoryState:
     """What a context holds.
 
     Attributes:
@@ -77,7 +77,7 @@ class Memory:
     encoded: frozenset[int] = frozenset()
 
     @classmethod
-    def empty(cls, n_seq_max: int) -> Memory:
+    def empty(cls, n_seq_max: int) -> MemoryState:
         """Nothing yet. Models without memory (BERT) stay like this."""
         return cls(np.full(n_seq_max, -1, np.int32), np.full(n_seq_max, -1, np.int32))
 
@@ -88,7 +88,12 @@ class Memory:
 
 
 def validate(
-    columns: Columns, capacity: Capacity, memory: Memory, level: Level = "strict", *, encode: bool = False
+    columns: Columns,
+    capacity: Capacity,
+    memory: MemoryState,
+    level: Level = "strict",
+    *,
+    encode: bool = False,
 ) -> None:
     """Refuse what llama.cpp would refuse, die of, or get wrong.
 
@@ -108,12 +113,12 @@ def validate(
         raise InputError("level", level, f"must be one of {', '.join(_RULES)}")
     if not encode and plainly_valid(columns, capacity, memory):
         return
-    case = _Case(columns, capacity, memory, encode)
+    case = _Checks(columns, capacity, memory, encode)
     for rule in _RULES[level]:
         rule(case)
 
 
-def plainly_valid(columns: Columns, capacity: Capacity, memory: Memory) -> bool:
+def plainly_valid(columns: Columns, capacity: Capacity, memory: MemoryState) -> bool:
     """Whether it is seen at a glance that no rule refuses a batch; if not, that is for the rules to say.
 
     It is of most batches: a few tokens, each of one sequence, that go on one by one where nothing is special.
@@ -159,7 +164,7 @@ class _Entries:
     held: Int64
 
     @classmethod
-    def of(cls, columns: Columns, memory: Memory) -> _Entries:
+    def of(cls, columns: Columns, memory: MemoryState) -> _Entries:
         order = np.argsort(columns.seq_ids, kind="stable")
         rows, seq_ids = columns.owners[order], columns.seq_ids[order]
         begins = np.flatnonzero(np.diff(seq_ids, prepend=-1))
@@ -184,12 +189,12 @@ class _Entries:
 
 
 @dataclass(frozen=True, eq=False)
-class _Case:
+class _Checks:
     """A batch under examination. Each rule is a method; it relies on those that `_RULES` puts before it."""
 
     columns: Columns
     capacity: Capacity
-    memory: Memory
+    memory: MemoryState
     encode: bool
 
     @cached_property
@@ -347,28 +352,28 @@ class _Case:
             raise SequenceIdError(f"seq_ids[{owners[k]}]", pair, limit)
 
 
-_RULES: dict[Level, tuple[Callable[[_Case], None], ...]] = {
+_RULES: dict[Level, tuple[Callable[[_Checks], None], ...]] = {
     "strict": (
-        _Case.has_tokens,
-        _Case.is_of_one_kind,
-        _Case.is_in_vocabulary,
-        _Case.belongs_to_sequences,
-        _Case.belongs_to_known_sequences,
-        _Case.names_no_sequence_twice,
-        _Case.suits_the_model,
-        _Case.fits_one_call,
-        _Case.goes_on_one_by_one,
-        _Case.fits_the_context,
-        _Case.shares_only_with_equals,
+        _Checks.has_tokens,
+        _Checks.is_of_one_kind,
+        _Checks.is_in_vocabulary,
+        _Checks.belongs_to_sequences,
+        _Checks.belongs_to_known_sequences,
+        _Checks.names_no_sequence_twice,
+        _Checks.suits_the_model,
+        _Checks.fits_one_call,
+        _Checks.goes_on_one_by_one,
+        _Checks.fits_the_context,
+        _Checks.shares_only_with_equals,
     ),
     "native": (
-        _Case.has_tokens,
-        _Case.is_in_vocabulary,
-        _Case.belongs_to_known_sequences,
-        _Case.does_not_go_back,
-        _Case.goes_on_from_memory,
-        _Case.skips_none,
-        _Case.shares_only_with_equals,
+        _Checks.has_tokens,
+        _Checks.is_in_vocabulary,
+        _Checks.belongs_to_known_sequences,
+        _Checks.does_not_go_back,
+        _Checks.goes_on_from_memory,
+        _Checks.skips_none,
+        _Checks.shares_only_with_equals,
     ),
     "off": (),
 }

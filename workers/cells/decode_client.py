@@ -13,11 +13,11 @@ from crumplezone.errors import CellRefused, ContextError, InputError
 from crumplezone.reports.records.report import BatchRecord, Exit, Generating
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.workers.batch.call import Ask, RefusedError, Rows
+from crumplezone.workers.batch.call import DecodeOptions, RefusedError, Rows
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.ubatches import split_simple
-from crumplezone.workers.cells.progress import Flight
-from crumplezone.workers.cells.source import Source
+from crumplezone.workers.cells.progress import ProgressChecker
+from crumplezone.workers.cells.source import CellSource
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.model.limits import Limits
@@ -45,10 +45,10 @@ from crumplezone.workers.protocol.messages import (
     row_shapes,
 )
 
-TARGET = "crumplezone.workers.native.decode_cell:LlamaCell"
+TARGET = "crumplezone.workers.native.decode_cell:DecodeCell"
 
 
-class Runner:
+class DecodeClient:
     """A llama.cpp cell, replaced when it has died.
 
     Args:
@@ -71,10 +71,10 @@ class Runner:
         spares: int = 0,
     ) -> None:
         self.config, self._limits = config, limits
-        self._source = Source(target, config, limits, reporter, zygote, spares)
+        self._source = CellSource(target, config, limits, reporter, zygote, spares)
         self._cell: Cell | None = None
         self._info: CellInfo | None = None
-        self._flight = Flight(0)
+        self._flight = ProgressChecker(0)
 
     @property
     def pid(self) -> int | None:
@@ -137,7 +137,7 @@ class Runner:
             self._cell, self._info = cell, cell.info(CellInfo)
         return cell
 
-    def send(self, columns: Columns, ask: Ask, chunk: int = 0, *, fresh: bool = True) -> Rows:
+    def send(self, columns: Columns, ask: DecodeOptions, chunk: int = 0, *, fresh: bool = True) -> Rows:
         """Decode (or encode) a batch as it stands, be it valid or not.
 
         Args:
@@ -157,7 +157,7 @@ class Runner:
             parts.append(self._send(columns.take(piece), ask, fresh=fresh and place == 0))
         return Rows.joined(parts)
 
-    def _send(self, columns: Columns, ask: Ask, *, fresh: bool) -> Rows:
+    def _send(self, columns: Columns, ask: DecodeOptions, *, fresh: bool) -> Rows:
         """One native call."""
         cell, info = self._running(), self.info
         n_outputs = int(np.count_nonzero(columns.outputs))
@@ -317,7 +317,7 @@ class Runner:
         """
         cell = self._running()
         if reset:
-            self._flight = Flight(self.info.n_vocab)
+            self._flight = ProgressChecker(self.info.n_vocab)
         for seq_id in leaves:
             self._flight.leave(seq_id)
         for join, _ in joins:

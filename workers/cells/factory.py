@@ -10,7 +10,7 @@ from crumplezone.errors import InputError, check_integer
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import CellConfig
@@ -62,9 +62,9 @@ class Cells:
             zygote = Zygote(spec, report)
         return cls(limits, reporter, zygote, int(zygote is not None) if spares is None else spares)
 
-    def runner(self, config: CellConfig) -> Runner:
+    def runner(self, config: CellConfig) -> DecodeClient:
         """A runner with cells of its own."""
-        return Runner(config, self.limits, self.reporter, zygote=self.zygote, spares=self.spares)
+        return DecodeClient(config, self.limits, self.reporter, zygote=self.zygote, spares=self.spares)
 
     def close(self) -> None:
         """End what was started here. Shut the runners first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from crumplezone.workers.protocol.messages import Generated, Join, Progress
 
 
-class Flight:
+class ProgressChecker:
     """Bookkeeping against a cell that invents progress, or claims it for ever without making any.
 
     Args:

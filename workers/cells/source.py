@@ -15,7 +15,7 @@ from crumplezone.reports.formats import text
 from crumplezone.reports.records.report import Evidence, Report
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
-from crumplezone.sandbox.cells.spares import Supply
+from crumplezone.sandbox.cells.spares import SparePool
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.file import check_file
@@ -25,7 +25,7 @@ from crumplezone.workers.protocol.messages import Warm, Warmed
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
-class Source:
+class CellSource:
     """A cell that is started when it is needed, and replaced when it has died. Use it from one thread.
 
     Args:
@@ -48,7 +48,7 @@ class Source:
     ) -> None:
         self.config = config
         self._target, self._limits, self._reporter, self._zygote = target, limits, reporter, zygote
-        self._supply = Supply(
+        self._supply = SparePool(
             self._spec(),
             zygote,
             spares,

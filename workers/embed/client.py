@@ -14,7 +14,7 @@ from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.columns import Columns, Float32, Int32
-from crumplezone.workers.cells.source import Source
+from crumplezone.workers.cells.source import CellSource
 from crumplezone.workers.embed.packing import Pooling, shaped
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
@@ -35,7 +35,7 @@ from crumplezone.workers.protocol.embed import (
 TARGET = "crumplezone.workers.native.embed_cell:EmbedCell"
 
 
-class EmbedRunner:
+class EmbedClient:
     """An embedding cell, replaced when it has died. Every call starts from empty memory.
 
     Args:
@@ -61,7 +61,7 @@ class EmbedRunner:
     ) -> None:
         self._limits, self.given = limits, config
         self._base = self.config = shaped(config, 1, cached=True)
-        self._source = Source(TARGET, self._base, limits, reporter, zygote, spares)
+        self._source = CellSource(TARGET, self._base, limits, reporter, zygote, spares)
         self._cell: Cell | None = None
         self._info: EmbedInfo | None = None
         self._own: Pooling | Literal["rank"] = "mean"
@@ -101,7 +101,7 @@ class EmbedRunner:
         """The running cell; a new one if there is none.
 
         Raises:
-            ModelError, CrumplezoneError, CellDied, UsageError: As `Source.start`.
+            ModelError, CrumplezoneError, CellDied, UsageError: As `CellSource.start`.
             InputError: This kind of model has no pooled embeddings.
         """
         cell = self._source.start()

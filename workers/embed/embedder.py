@@ -20,11 +20,11 @@ from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.columns import Columns, Float32, Int32
 from crumplezone.workers.batch.results import Rung
-from crumplezone.workers.embed.client import EmbedRunner
+from crumplezone.workers.embed.client import EmbedClient
 from crumplezone.workers.embed.packing import plan
-from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
-from crumplezone.workers.ladder.record import record
+from crumplezone.workers.ladder.record import batch_record
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import CellConfig
 from crumplezone.workers.protocol.embed import EmbedConfig
@@ -95,7 +95,7 @@ class Embedder:
         zygote: Zygote | None = None,
         spares: int = 0,
     ) -> None:
-        self._runner = EmbedRunner(config, limits, reporter, zygote=zygote, spares=spares)
+        self._runner = EmbedClient(config, limits, reporter, zygote=zygote, spares=spares)
         self._reporter = reporter
 
     def embed(
@@ -112,7 +112,7 @@ class Embedder:
         given = [_utf8(i, text) for i, text in enumerate(texts)]
         self._runner.start()
         chosen = self._runner.pooling(pooling)
-        job = _Job(self._runner, self._reporter, given)
+        job = _EmbedJob(self._runner, self._reporter, given)
         try:
             job.tokenize()
             cached = self._runner.info.cached
@@ -141,10 +141,10 @@ class Embedder:
         self._runner.close()
 
 
-class _Job:
+class _EmbedJob:
     """One call of `Embedder.embed`: native calls over many texts, and what they could not do text by text."""
 
-    def __init__(self, runner: EmbedRunner, reporter: Reporter, texts: list[bytes]) -> None:
+    def __init__(self, runner: EmbedClient, reporter: Reporter, texts: list[bytes]) -> None:
         self._runner, self._reporter, self._texts = runner, reporter, texts
         self._tokens: dict[int, Int32] = {}
         self._no_cell = ""  # why none can be had
@@ -181,7 +181,7 @@ class _Job:
             self._runner.embed(config, self._columns(call), self.vectors, call)
 
         def kept(call: Sequence[int]) -> BatchRecord:
-            return record(self._columns(call), "embed", embeddings=True)
+            return batch_record(self._columns(call), "embed", embeddings=True)
 
         self._climb_down("embedded", texts, work, kept)
 
@@ -193,7 +193,7 @@ class _Job:
         kept: Callable[[Sequence[int]], BatchRecord | None],
     ) -> None:
         """All texts at once; if that fails, each alone."""
-        case = Case()
+        case = JobRecord()
         if self._attempt(Rung.NATIVE, texts, work, kept, case) is None:
             return
         try:
@@ -212,7 +212,7 @@ class _Job:
         texts: list[int],
         work: Callable[[Sequence[int]], None],
         kept: Callable[[Sequence[int]], BatchRecord | None],
-        case: Case,
+        case: JobRecord,
     ) -> SequenceError | None:
         """Do it; what went wrong, said of the first text."""
         start, report, rc = time.perf_counter(), None, None

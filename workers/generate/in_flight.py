@@ -18,10 +18,10 @@ from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.generate.completion import Completion, failed
 from crumplezone.workers.generate.jobs import PromptJob, deliver, drop, fail
-from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
-from crumplezone.workers.ladder.rungs import KILLS_MAX, Descent, was_killed
-from crumplezone.workers.memory.session import Session
+from crumplezone.workers.ladder.rungs import KILLS_MAX, SafeRungs, was_killed
+from crumplezone.workers.memory.session import MemorySession
 from crumplezone.workers.protocol.messages import Generated, Join, Progress
 
 STEPS = 8  # native calls per control message: what a crash can cost is that much decoding again
@@ -81,7 +81,9 @@ class Generation:
         width: Most prompts in flight.
     """
 
-    def __init__(self, session: Session, descent: Descent | None, reporter: Reporter, width: int) -> None:
+    def __init__(
+        self, session: MemorySession, descent: SafeRungs | None, reporter: Reporter, width: int
+    ) -> None:
         self._session, self._descent, self._reporter = session, descent, reporter
         self._runner = session.runner
         self._free = list(range(width))  # a heap
@@ -222,7 +224,7 @@ class Generation:
 
     def _descend(self, error: Exception, ms: float) -> None:
         """Run every prompt in flight alone, from its last delivered token, until it may join the others."""
-        case, fallen = Case(), list(self._running.values())
+        case, fallen = JobRecord(), list(self._running.values())
         indices = [running.job.index for running in fallen]
         outcome = Outcome.REFUSED
         if isinstance(error, CellDied):
@@ -251,7 +253,7 @@ class Generation:
     def _cure(
         self,
         running: _Running,
-        case: Case,
+        case: JobRecord,
         native_error: Exception,
         lost: list[tuple[_Running, Rung, CrumplezoneError]],
     ) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from crumplezone.workers.batch.call import Ask
+from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.results import Result
 from crumplezone.workers.generate.completion import Completion
@@ -76,7 +76,7 @@ class BatchJob:
     """A valid batch to be decoded from empty memory."""
 
     columns: Columns
-    ask: Ask
+    ask: DecodeOptions
     future: Future[Result] = field(default_factory=Future)
 
 

@@ -10,7 +10,7 @@ from crumplezone.workers.generate.in_flight import Generation
 from crumplezone.workers.generate.jobs import Job, PromptJob, deliver, fail
 from crumplezone.workers.generate.queue import _CLOSED, Queue
 from crumplezone.workers.ladder.ladder import Ladder
-from crumplezone.workers.memory.session import Session
+from crumplezone.workers.memory.session import MemorySession
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Lane:
     """
 
     def __init__(
-        self, queue: Queue, session: Session, ladder: Ladder, generation: Generation, name: str
+        self, queue: Queue, session: MemorySession, ladder: Ladder, generation: Generation, name: str
     ) -> None:
         self._queue, self._session, self.runner = queue, session, session.runner
         self._ladder, self._generation = ladder, generation

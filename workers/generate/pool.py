@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import msgspec
 
 from crumplezone.errors import CrumplezoneError, UsageError
-from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells
 from crumplezone.workers.generate.in_flight import Generation
 from crumplezone.workers.generate.jobs import Job
 from crumplezone.workers.generate.lane import Lane
 from crumplezone.workers.generate.queue import Queue
 from crumplezone.workers.ladder.ladder import Ladder
-from crumplezone.workers.ladder.rungs import Descent
-from crumplezone.workers.memory.session import Session
+from crumplezone.workers.ladder.rungs import SafeRungs
+from crumplezone.workers.memory.session import MemorySession
 from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.protocol.config import CellConfig
 from crumplezone.workers.width.choose import choose
@@ -70,8 +70,8 @@ class Plan:
             n_threads=width.n_threads,
         )
         runner, reporter = self.cells.runner(config), self.cells.reporter
-        session = Session(runner, reporter, adapters=self.adapters)
-        descent = Descent(runner, reporter) if self.safe_fallback else None
+        session = MemorySession(runner, reporter, adapters=self.adapters)
+        descent = SafeRungs(runner, reporter) if self.safe_fallback else None
         ladder = Ladder(session, descent, reporter, preflight=self.preflight)
         generation = Generation(session, descent, reporter, width.n_seq)
         return Lane(queue, session, ladder, generation, f"lane-{number}")
@@ -94,7 +94,7 @@ class Pool:
         self._opener.start()
 
     @property
-    def runners(self) -> list[Runner]:
+    def runners(self) -> list[DecodeClient]:
         """Of the lanes."""
         return [lane.runner for lane in self._lanes]
 

@@ -29,8 +29,8 @@ from crumplezone.reports.store.retention import DEFAULT_RETENTION
 from crumplezone.reports.store.store import Store, new_id
 from crumplezone.reports.store.storm import Storm
 from crumplezone.sandbox.autopsy.incident import Incident
-from crumplezone.workers.incidents.case import Case, _Crash
 from crumplezone.workers.incidents.environment import environment
+from crumplezone.workers.incidents.job import JobRecord, _Crash
 from crumplezone.workers.model import file as model
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
 
@@ -75,7 +75,7 @@ class Reporter:
 
     def add(
         self,
-        case: Case,
+        case: JobRecord,
         incident: Incident,
         rung: str,
         batch: BatchRecord | None,
@@ -111,7 +111,7 @@ class Reporter:
         sequences: Sequence[int] = (),
     ) -> str:
         """Report a crash outside any batch (loading, tokenising); returns where its report will be."""
-        case = Case(result=result)
+        case = JobRecord(result=result)
         case.step("native", Outcome.CRASHED, list(sequences), doing)
         path = self.add(case, incident, "native", None, config, info)
         self.file(case, config, info)
@@ -119,12 +119,12 @@ class Reporter:
 
     def file_program(self, incident: Incident, command: Sequence[str]) -> str:
         """Report the crash of a program that is no cell; returns where its report will be."""
-        case = Case()
+        case = JobRecord()
         path = self.add(case, incident, "native", None, command=command)
         self.file(case, None, None)
         return path
 
-    def file(self, case: Case, config: CellConfig | None, info: CellInfo | None) -> None:
+    def file(self, case: JobRecord, config: CellConfig | None, info: CellInfo | None) -> None:
         """Hand over a case that has ended."""
         case.ended = True
         for crash in case.crashes:
@@ -142,7 +142,9 @@ class Reporter:
         """Write what is left and end the thread."""
         self._pool.shutdown(wait=True)
 
-    def _submit(self, level: int, write: Callable[[_Crash, Case], None], crash: _Crash, case: Case) -> None:
+    def _submit(
+        self, level: int, write: Callable[[_Crash, JobRecord], None], crash: _Crash, case: JobRecord
+    ) -> None:
         def run() -> None:
             try:
                 write(crash, case)
@@ -156,13 +158,13 @@ class Reporter:
             except RuntimeError:  # the interpreter ends, and nobody has closed the decoder
                 _log.log(level, "the report of crash %s was not written: the program ends", crash.id)
 
-    def _begin(self, crash: _Crash, case: Case) -> None:
+    def _begin(self, crash: _Crash, case: JobRecord) -> None:
         crash.incident.evidence.result()
         if not case.ended:  # else all of it is written at once
-            report = _compose(crash, Case(steps=list(case.steps), result=_GOES_ON))
+            report = _compose(crash, JobRecord(steps=list(case.steps), result=_GOES_ON))
             self._write(self._finish(report, from_exit(report)))
 
-    def _end(self, crash: _Crash, case: Case) -> None:
+    def _end(self, crash: _Crash, case: JobRecord) -> None:
         report = _compose(crash, case)
         report = self._finish(report, from_ladder(report))
         report = self._update(report) if self.store.has(crash.id) else self._write(report)
@@ -196,7 +198,7 @@ class Reporter:
             _log.debug("the store was not pruned: %s", error)
 
 
-def _compose(crash: _Crash, case: Case) -> Report:
+def _compose(crash: _Crash, case: JobRecord) -> Report:
     config, info, context = crash.config, crash.info, {}
     if config:
         context = {name: getattr(config, name) for name in config.__struct_fields__ if name != "model"}

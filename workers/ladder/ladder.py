@@ -9,15 +9,15 @@ import msgspec
 
 from crumplezone.errors import BatchError, CellDied, CrumplezoneError, InputError, MemoryLostError
 from crumplezone.reports.records.report import BatchRecord, Outcome
-from crumplezone.workers.batch.call import Ask, RefusedError, Rows
+from crumplezone.workers.batch.call import DecodeOptions, RefusedError, Rows
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.results import Result, Rung, SequenceResult, share_out
 from crumplezone.workers.batch.ubatches import split_equal, split_seq, split_simple
-from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
-from crumplezone.workers.ladder.record import record
-from crumplezone.workers.ladder.rungs import Descent
-from crumplezone.workers.memory.session import Session
+from crumplezone.workers.ladder.record import batch_record
+from crumplezone.workers.ladder.rungs import SafeRungs
+from crumplezone.workers.memory.session import MemorySession
 
 
 class Ladder:
@@ -31,14 +31,14 @@ class Ladder:
     """
 
     def __init__(
-        self, session: Session, descent: Descent | None, reporter: Reporter, *, preflight: bool
+        self, session: MemorySession, descent: SafeRungs | None, reporter: Reporter, *, preflight: bool
     ) -> None:
         self._session, self._descent, self._reporter = session, descent, reporter
         self._preflight = preflight
 
-    def decode(self, columns: Columns, ask: Ask) -> Result:
+    def decode(self, columns: Columns, ask: DecodeOptions) -> Result:
         """Append a valid batch to the memory."""
-        case, journal = Case(), self._session.journal
+        case, journal = JobRecord(), self._session.journal
         n_batch = self._session.runner.info.n_batch
         note = ""
         if self._preflight and len(columns) > n_batch:
@@ -51,17 +51,17 @@ class Ladder:
             return self._session.decode(alone, ask, chunk)
 
         def kept() -> BatchRecord:
-            batch = record(columns, "decode", embeddings=ask.embeddings, journal=journal)
+            batch = batch_record(columns, "decode", embeddings=ask.embeddings, journal=journal)
             return msgspec.structs.replace(batch, passes=self._passes(columns, ask))
 
-        def safely(descent: Descent) -> list[SequenceResult]:
+        def safely(descent: SafeRungs) -> list[SequenceResult]:
             return descent.each(columns, ask, case, "decode", send, journal)
 
         return self._climb_down(columns, case, note, native, kept, safely)
 
-    def encode(self, columns: Columns, ask: Ask) -> Result:
+    def encode(self, columns: Columns, ask: DecodeOptions) -> Result:
         """Encode a valid batch from empty memory."""
-        case, info = Case(), self._session.runner.info
+        case, info = JobRecord(), self._session.runner.info
         note = ""
         if self._preflight and not info.has_encoder:
             note = "the model has no encoder: llama_encode would be a SIGSEGV"
@@ -70,9 +70,9 @@ class Ladder:
             return self._session.runner.send(columns, ask)
 
         def kept() -> BatchRecord:
-            return record(columns, "encode", embeddings=True)
+            return batch_record(columns, "encode", embeddings=True)
 
-        def safely(descent: Descent) -> list[SequenceResult]:
+        def safely(descent: SafeRungs) -> list[SequenceResult]:
             return descent.decode(columns, ask, case)
 
         return self._climb_down(columns, case, note, native, kept, safely)
@@ -80,11 +80,11 @@ class Ladder:
     def _climb_down(
         self,
         columns: Columns,
-        case: Case,
+        case: JobRecord,
         note: str,
         native: Callable[[], Rows],
         kept: Callable[[], BatchRecord],
-        safely: Callable[[Descent], list[SequenceResult]],
+        safely: Callable[[SafeRungs], list[SequenceResult]],
     ) -> Result:
         """The native rung, unless a note says why not, and the safe ones if it gave nothing."""
         rows = None if note else self._try_native(columns, native, kept, case)
@@ -92,7 +92,7 @@ class Ladder:
             return Result(share_out(columns, rows), [])
         return self._descend(columns, safely, case, note)
 
-    def _passes(self, columns: Columns, ask: Ask) -> list[int]:
+    def _passes(self, columns: Columns, ask: DecodeOptions) -> list[int]:
         """How many tokens each compute pass of the native call had."""
         config, info = self._session.runner.config, self._session.runner.info
         try:
@@ -107,7 +107,7 @@ class Ladder:
         return [len(piece) for piece in pieces]
 
     def _try_native(
-        self, columns: Columns, native: Callable[[], Rows], kept: Callable[[], BatchRecord], case: Case
+        self, columns: Columns, native: Callable[[], Rows], kept: Callable[[], BatchRecord], case: JobRecord
     ) -> Rows | None:
         start = time.perf_counter()
         try:
@@ -125,7 +125,11 @@ class Ladder:
         return None
 
     def _descend(
-        self, columns: Columns, safely: Callable[[Descent], list[SequenceResult]], case: Case, note: str
+        self,
+        columns: Columns,
+        safely: Callable[[SafeRungs], list[SequenceResult]],
+        case: JobRecord,
+        note: str,
     ) -> Result:
         if note:
             case.step(Rung.NATIVE, Outcome.SKIPPED, columns.sequences, note)

@@ -11,7 +11,7 @@ from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.memory.journal import Journal
 
 
-def record(
+def batch_record(
     columns: Columns,
     operation: str,
     *,

@@ -8,13 +8,13 @@ from typing import TypeVar
 
 from crumplezone.errors import CellDied, CrumplezoneError, MemoryLostError, SequenceError
 from crumplezone.reports.records.report import BatchRecord, Evidence, Exit, Outcome
-from crumplezone.workers.batch.call import Ask, RefusedError, Rows
+from crumplezone.workers.batch.call import DecodeOptions, RefusedError, Rows
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.results import Rung, SequenceResult
-from crumplezone.workers.cells.decode_client import Runner
-from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.cells.decode_client import DecodeClient
+from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
-from crumplezone.workers.ladder.record import record
+from crumplezone.workers.ladder.record import batch_record
 from crumplezone.workers.memory.journal import Journal
 
 KILLS_MAX = 8  # in a row, for one sequence: what is killed that often will be killed again
@@ -28,7 +28,7 @@ def was_killed(died: CellDied) -> bool:
     return evidence.exit == Exit.KILLED
 
 
-class Descent:
+class SafeRungs:
     """The safe rungs of a ladder: one sequence at a time, split at n_batch, then token by token.
 
     Args:
@@ -36,12 +36,12 @@ class Descent:
         reporter: Where crashes go.
     """
 
-    def __init__(self, runner: Runner, reporter: Reporter) -> None:
+    def __init__(self, runner: DecodeClient, reporter: Reporter) -> None:
         self.runner = runner
         self._reporter = reporter
 
     def attempt(
-        self, seq_id: int, case: Case, work: Callable[[int], _T], batch: Callable[[int], BatchRecord]
+        self, seq_id: int, case: JobRecord, work: Callable[[int], _T], batch: Callable[[int], BatchRecord]
     ) -> tuple[_T | None, Rung, SequenceError | None]:
         """Try one sequence on each safe rung in turn, and again if it failed where cells were killed.
 
@@ -67,7 +67,7 @@ class Descent:
     def _descend(
         self,
         seq_id: int,
-        case: Case,
+        case: JobRecord,
         work: Callable[[int], _T],
         batch: Callable[[int], BatchRecord],
         deaths: list[CellDied],
@@ -93,7 +93,7 @@ class Descent:
             case.step(rung, outcome, [seq_id], problem, (time.perf_counter() - start) * 1000)
         return None, Rung.TOKEN, SequenceError(seq_id, problem, report, rc)
 
-    def _no_cell(self, case: Case) -> str:
+    def _no_cell(self, case: JobRecord) -> str:
         """Why no safe cell can be had, or an empty string. A job that was refused one asks no more."""
         if not case.no_cell:
             try:
@@ -102,10 +102,10 @@ class Descent:
                 case.no_cell = str(error)
         return case.no_cell
 
-    def decode(self, columns: Columns, ask: Ask, case: Case) -> list[SequenceResult]:
+    def decode(self, columns: Columns, ask: DecodeOptions, case: JobRecord) -> list[SequenceResult]:
         """Each sequence from empty memory. Without an encoder, encoding is decoding, with a row per token."""
         operation = "encode" if ask.encode and self.runner.info.has_encoder else "decode"
-        ask = Ask(ask.logits, ask.embeddings, encode=operation == "encode")
+        ask = DecodeOptions(ask.logits, ask.embeddings, encode=operation == "encode")
 
         def send(alone: Columns, chunk: int) -> Rows:
             return self.runner.send(alone, ask, chunk)
@@ -115,8 +115,8 @@ class Descent:
     def each(
         self,
         columns: Columns,
-        ask: Ask,
-        case: Case,
+        ask: DecodeOptions,
+        case: JobRecord,
         operation: str,
         send: Callable[[Columns, int], Rows],
         journal: Journal | None = None,
@@ -127,7 +127,7 @@ class Descent:
             alone = columns.alone(seq_id)
 
             def kept(chunk: int) -> BatchRecord:
-                return record(alone, operation, chunk=chunk, embeddings=ask.embeddings, journal=journal)
+                return batch_record(alone, operation, chunk=chunk, embeddings=ask.embeddings, journal=journal)
 
             rows, rung, error = self.attempt(seq_id, case, lambda chunk: send(alone, chunk), kept)
             return SequenceResult(seq_id, alone.positions[alone.outputs], rows, rung, error)

@@ -10,14 +10,14 @@ import msgspec
 
 from crumplezone.reports.store.store import default_directory
 from crumplezone.workers.batch.batch import Batch
-from crumplezone.workers.batch.call import Ask, Rows
+from crumplezone.workers.batch.call import DecodeOptions, Rows
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.results import Result
-from crumplezone.workers.batch.validate import Memory, validate
-from crumplezone.workers.cells.decode_client import Runner
-from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.batch.validate import MemoryState, validate
+from crumplezone.workers.cells.decode_client import DecodeClient
+from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
-from crumplezone.workers.ladder.rungs import Descent
+from crumplezone.workers.ladder.rungs import SafeRungs
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import capacity, configure
 
@@ -53,7 +53,7 @@ class SafeBatchProcessor:
         self._config = configure(model, n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
         limits = Limits(deadline, None)
         self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
-        self._descent = Descent(Runner(self._config, limits, self._reporter), self._reporter)
+        self._descent = SafeRungs(DecodeClient(self._config, limits, self._reporter), self._reporter)
 
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
         """Decode each sequence from empty memory; a sequence that crashes alone fails alone.
@@ -63,11 +63,13 @@ class SafeBatchProcessor:
             ModelError: The model could not be loaded.
         """
         runner = self._descent.runner
-        columns, ask = batch.columns(), Ask(embeddings=embeddings)
+        columns, ask = batch.columns(), DecodeOptions(embeddings=embeddings)
         # A cell of one sequence takes them in turn, each by itself.
         limits = msgspec.structs.replace(runner.config, n_seq_max=batch.n_seq_max)
-        validate(columns, capacity(runner.info, limits, embeddings=embeddings), Memory.empty(batch.n_seq_max))
-        case = Case()
+        validate(
+            columns, capacity(runner.info, limits, embeddings=embeddings), MemoryState.empty(batch.n_seq_max)
+        )
+        case = JobRecord()
 
         def send(alone: Columns, chunk: int) -> Rows:
             return runner.send(alone.renamed(0), ask, chunk)

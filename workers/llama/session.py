@@ -25,10 +25,10 @@ from crumplezone.errors import (
 from crumplezone.reports.formats import text
 from crumplezone.reports.records.report import Evidence, Exit, Outcome, Report
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
-from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
-from crumplezone.workers.llama.task import Standing, Task
-from crumplezone.workers.llama.turn import Turn
+from crumplezone.workers.llama.call_lock import CallLock
+from crumplezone.workers.llama.task import LlamaSnapshot, Task
 from crumplezone.workers.model.file import check_file
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import CACHE_TYPES, CellConfig
@@ -50,7 +50,7 @@ from crumplezone.workers.protocol.llama import (
     question_shapes,
 )
 
-TARGET = "crumplezone.workers.native.llama_cell:LlamaHost"
+TARGET = "crumplezone.workers.native.llama_cell:LlamaCell"
 _T = TypeVar("_T")
 Decode = Callable[[bytes], Any]
 _BULK = {"scores_bytes", "state_bytes"}  # arrays and states, as large as the context makes them
@@ -89,10 +89,10 @@ class Session:
 
     def __init__(self, config: LlamaConfig, limits: Limits, reporter: Reporter, target: str = TARGET) -> None:
         self._config, self._limits, self._reporter, self._target = config, limits, reporter, target
-        self.standing = Standing(seed=config.parameters["seed"] or 0xFFFFFFFF)
+        self.standing = LlamaSnapshot(seed=config.parameters["seed"] or 0xFFFFFFFF)
         self._owner = os.getpid()
         self._closed = False
-        self._turn = Turn()
+        self._turn = CallLock()
         self._busy = threading.RLock()  # for one exchange; a callback's own queries come from the same thread
         self._asking = False
         self._cell: Cell | None = None
@@ -359,7 +359,7 @@ class Session:
                 task.case.step(task.rung, Outcome.OK, [0], "again, in a new cell")
             task.case.result = result
             self._reporter.file(task.case, self._context(), self.info.cell if self.info else None)
-            task.case = Case()
+            task.case = JobRecord()
 
     def _translated(self, task: Task, refused: CellRefused) -> Exception:
         """What the original raises, as far as it is a built-in exception."""

@@ -10,15 +10,15 @@ from typing import Any
 
 from crumplezone.reports.records.report import BatchRecord
 from crumplezone.workers.batch.results import Rung
-from crumplezone.workers.incidents.case import Case
-from crumplezone.workers.protocol.llama import Grammar, Job, Note
+from crumplezone.workers.incidents.job import JobRecord
+from crumplezone.workers.protocol.llama import Grammar, LlamaCall, Note
 
 _GENERATIONS_MAX = 4096  # within one call: a chat format makes one for each tool that is called
 _MOST_LOSSES = 16  # of cells in one call, however far it gets with each
 
 
 @dataclass
-class Standing:
+class LlamaSnapshot:
     """What a `Llama` is between two calls. A cell that does not know it is told.
 
     Attributes:
@@ -62,7 +62,7 @@ class Task:
     grammar: Grammar | None = None
     processors: Iterable[Callable[..., Any]] | None = None
     criteria: Callable[..., Any] | None = None
-    base: Standing = field(default_factory=Standing)
+    base: LlamaSnapshot = field(default_factory=LlamaSnapshot)
     tokens: list[int] = field(default_factory=list)
     drawn: list[list[int]] = field(default_factory=list)
     sent: list[list[int] | None] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Task:
     losses: int = 0
     reports: list[str] = field(default_factory=list)
     news: bool = False
-    case: Case = field(default_factory=Case)
+    case: JobRecord = field(default_factory=JobRecord)
     _identity: int = field(default_factory=lambda: SystemRandom().getrandbits(63))
     _created: int = field(default_factory=lambda: int(time.time()))
     _in_vain: int = 0  # cells lost since it last got any further
@@ -83,10 +83,10 @@ class Task:
         """Where it runs."""
         return Rung.TOKEN if self.cautious else Rung.NATIVE
 
-    def job(self, *, known: bool) -> Job:
+    def job(self, *, known: bool) -> LlamaCall:
         """What to tell a cell; ``known``: it stands as the `Llama` did before the call."""
         base = self.base
-        return Job(
+        return LlamaCall(
             self.method,
             dict(self.args),
             base.seed,

@@ -18,7 +18,7 @@ ALL = -1  # as a bound: from the beginning, or to the end (llama_memory_seq_rm, 
 
 
 @dataclass(frozen=True)
-class Decoded:
+class Appended:
     """Tokens that were appended."""
 
     columns: Columns
@@ -62,7 +62,7 @@ class Loaded:
     positions: Int32
 
 
-Operation = Decoded | Removed | Copied | Shifted | Loaded
+Operation = Appended | Removed | Copied | Shifted | Loaded
 
 
 class Journal:
@@ -77,9 +77,9 @@ class Journal:
     @property
     def n_tokens(self) -> int:
         """Tokens that a replay decodes."""
-        return sum(len(op.columns) for op in self._operations if isinstance(op, Decoded))
+        return sum(len(op.columns) for op in self._operations if isinstance(op, Appended))
 
-    def add(self, operation: Decoded | Copied | Shifted) -> None:
+    def add(self, operation: Appended | Copied | Shifted) -> None:
         """Something was appended to memory, copied or moved."""
         self._operations.append(operation)
 
@@ -95,7 +95,7 @@ class Journal:
         found: dict[int, list[Columns]] = {}
         more = False
         for operation in self.replay():
-            if isinstance(operation, Decoded) and not (c := operation.columns).coupled and c.embd is None:
+            if isinstance(operation, Appended) and not (c := operation.columns).coupled and c.embd is None:
                 found.setdefault(int(c.seq_ids[0]), []).append(c)
             else:
                 more = True
@@ -130,7 +130,7 @@ class Journal:
         """What gives an empty memory the same content, the tokens of one sequence at a time."""
         pending: list[Columns] = []
         for operation in self._operations:
-            if isinstance(operation, Decoded):
+            if isinstance(operation, Appended):
                 pending.append(operation.columns)
                 continue
             yield from _one_sequence_at_a_time(pending)
@@ -146,7 +146,7 @@ class Journal:
         left = int((self.positions(seq_id) >= begin).sum())
         for place in range(len(self._operations) - 1, -1, -1):
             operation = self._operations[place]
-            if not isinstance(operation, Decoded):
+            if not isinstance(operation, Appended):
                 if seq_id in _touched(operation):
                     break
                 continue
@@ -157,11 +157,11 @@ class Journal:
                 break
             if len(tail):
                 rest = columns.take(np.setdiff1d(np.arange(len(columns)), tail))
-                self._operations[place] = Decoded(rest)
+                self._operations[place] = Appended(rest)
                 left -= len(tail)
             if len(tail) < len(mine):  # and what came before is older still
                 break
-        self._operations = [op for op in self._operations if not isinstance(op, Decoded) or len(op.columns)]
+        self._operations = [op for op in self._operations if not isinstance(op, Appended) or len(op.columns)]
         return left <= 0
 
 
@@ -169,7 +169,7 @@ def _follow(operation: Operation, held: dict[int, Int32]) -> None:
     """What an operation does to the positions of each sequence."""
     nothing = np.empty(0, np.int32)
     match operation:
-        case Decoded(columns):
+        case Appended(columns):
             for seq_id in np.unique(columns.seq_ids).tolist():
                 fresh = columns.positions[columns.rows_of(seq_id)]
                 held[seq_id] = np.union1d(held.get(seq_id, nothing), fresh)
@@ -206,10 +206,10 @@ def _alive(operations: list[Operation]) -> list[Operation]:
     dead: set[int] = set()
     kept: list[Operation] = []
     for operation in reversed(operations):
-        if isinstance(operation, Decoded):
+        if isinstance(operation, Appended):
             columns = operation.columns.without(dead)
             if len(columns):
-                kept.append(Decoded(columns))
+                kept.append(Appended(columns))
         elif isinstance(operation, Copied):
             if operation.target not in dead:
                 dead.discard(operation.source)
@@ -226,7 +226,7 @@ def _effective(operations: list[Operation]) -> list[Operation]:
     present: set[int] = set()
     kept: list[Operation] = []
     for operation in operations:
-        if isinstance(operation, Decoded):
+        if isinstance(operation, Appended):
             present.update(operation.columns.seq_ids.tolist())
         elif isinstance(operation, Loaded):
             present.add(operation.seq_id)
@@ -242,7 +242,7 @@ def _effective(operations: list[Operation]) -> list[Operation]:
     return kept
 
 
-def _one_sequence_at_a_time(pending: list[Columns]) -> Iterator[Decoded]:
+def _one_sequence_at_a_time(pending: list[Columns]) -> Iterator[Appended]:
     """Regroup what was decoded in a row. Tokens that belong to several sequences keep their place."""
     single: dict[int, list[list[Columns]]] = {}  # by sequence: runs of tokens, and of vectors
     for columns in pending:
@@ -254,7 +254,7 @@ def _one_sequence_at_a_time(pending: list[Columns]) -> Iterator[Decoded]:
                     runs.append([])
                 runs[-1].append(group)
                 continue
-            yield from (Decoded(Columns.concatenate(run)) for runs in single.values() for run in runs)
+            yield from (Appended(Columns.concatenate(run)) for runs in single.values() for run in runs)
             single = {}
-            yield Decoded(group)
-    yield from (Decoded(Columns.concatenate(run)) for runs in single.values() for run in runs)
+            yield Appended(group)
+    yield from (Appended(Columns.concatenate(run)) for runs in single.values() for run in runs)

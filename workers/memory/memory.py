@@ -11,7 +11,7 @@ import numpy.typing as npt
 from crumplezone.errors import InputError, check_integer
 from crumplezone.workers.batch.columns import Int32
 from crumplezone.workers.memory.journal import ALL, within
-from crumplezone.workers.memory.session import Session
+from crumplezone.workers.memory.session import MemorySession
 
 _INT32_MAX = 2**31 - 1
 
@@ -27,7 +27,7 @@ class Memory:
         turn: Taken around every call, so that threads do not interleave.
     """
 
-    def __init__(self, session: Session, turn: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, session: MemorySession, turn: Callable[[], AbstractContextManager[None]]) -> None:
         self._session, self._turn = session, turn
 
     @property

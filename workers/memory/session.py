@@ -10,14 +10,14 @@ import numpy as np
 
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, MemoryLostError
 from crumplezone.sandbox.cells.cell import Cell
-from crumplezone.workers.batch.call import Ask, RefusedError, Rows
+from crumplezone.workers.batch.call import DecodeOptions, RefusedError, Rows
 from crumplezone.workers.batch.columns import Columns, Int32
-from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.memory.journal import (
     ALL,
+    Appended,
     Copied,
-    Decoded,
     Journal,
     Loaded,
     Operation,
@@ -28,7 +28,7 @@ from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.protocol.messages import MemoryOperation, Remembered, Span
 
 _T = TypeVar("_T")
-_NOTHING = Ask(logits=False)
+_NOTHING = DecodeOptions(logits=False)
 
 
 def _request(operation: Removed | Copied | Shifted) -> MemoryOperation:
@@ -42,7 +42,7 @@ def _request(operation: Removed | Copied | Shifted) -> MemoryOperation:
             return MemoryOperation("shift", seq_id, begin, end, delta=delta)
 
 
-class Session:
+class MemorySession:
     """The native cell of a decoder, with the memory that every committed call has left in it.
 
     Args:
@@ -54,7 +54,7 @@ class Session:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: DecodeClient,
         reporter: Reporter,
         checkpoint_every: int = 0,
         adapters: Adapters | None = None,
@@ -72,7 +72,7 @@ class Session:
         """What a new cell would be given."""
         return self._journal
 
-    def decode(self, columns: Columns, ask: Ask, chunk: int = 0) -> Rows:
+    def decode(self, columns: Columns, ask: DecodeOptions, chunk: int = 0) -> Rows:
         """Append tokens to the memory; all of them, or none.
 
         Raises:
@@ -87,7 +87,7 @@ class Session:
             self._take_back(refused.spans)
             raise
         self._note(rows.spans)
-        self._journal.add(Decoded(columns.without(())))  # a token of no sequence is in nobody's memory
+        self._journal.add(Appended(columns.without(())))  # a token of no sequence is in nobody's memory
         self._checkpoint()
         return rows
 
@@ -243,7 +243,7 @@ class Session:
 
     def _do(self, operation: Operation, chunk: int) -> Remembered:
         match operation:
-            case Decoded(columns):
+            case Appended(columns):
                 n_batch = chunk or (len(columns) if columns.coupled else self.runner.info.n_batch)
                 rows = self.runner.send(columns.quiet(), _NOTHING, n_batch, fresh=False)
                 return Remembered(done=True, spans=list(rows.spans))

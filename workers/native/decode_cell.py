@@ -54,7 +54,7 @@ def _address(array: npt.NDArray[Any]) -> int:
     return ctypes.addressof(_BUFFER.from_buffer(array.data))
 
 
-class LlamaCell:
+class DecodeCell:
     """One model and one context.
 
     Args:
@@ -79,7 +79,7 @@ class LlamaCell:
         self.memory = C.llama_get_memory(self.context)
         self._info = describe(self.model, self.context)
         self._engine = Engine(self, self._arena.nudged)
-        self._adapters = native_memory.Adapters(self.model)
+        self._adapters = native_memory.NativeAdapters(self.model)
         self._unsettled = False  # copies and shifts that llama.cpp has noted down, but not done
         self._embeddings = False  # whether llama.cpp is to compute them
         self._pointed = (0, b""), np.empty(0, np.int64)  # the pointers of the latest batch: mostly the same

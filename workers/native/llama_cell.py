@@ -12,14 +12,14 @@ from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from crumplezone.sandbox.child.loop import Room
-from crumplezone.workers.native.llama_replay import GrammarError, Hosted
-from crumplezone.workers.native.model import LoadError, Voices, describe
+from crumplezone.workers.native.llama_replay import GrammarError, ReplayableLlama
+from crumplezone.workers.native.model import LoadError, NativeLogs, describe
 from crumplezone.workers.protocol.llama import (
     INLINE_MAX,
     Fetch,
     Grammar,
     Invoke,
-    Job,
+    LlamaCall,
     LlamaConfig,
     LlamaInfo,
     Next,
@@ -52,7 +52,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"a {type(value).__name__} cannot leave the cell")
 
 
-class LlamaHost:
+class LlamaCell:
     """The service.
 
     Args:
@@ -67,10 +67,10 @@ class LlamaHost:
 
     def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:
         self._room = room
-        voices = Voices(room)
+        voices = NativeLogs(room)
         with room.recorder.phase("load"):
             try:
-                self._llama = Hosted(msgspec.msgpack.decode(config, type=LlamaConfig), room, voices)
+                self._llama = ReplayableLlama(msgspec.msgpack.decode(config, type=LlamaConfig), room, voices)
             except ValueError as error:
                 raise LoadError(voices.last_error or str(error)) from error
         if self._llama.lora_path and not self._llama._lora_adapter:  # noqa: SLF001 - the original misses the NULL
@@ -110,11 +110,11 @@ class LlamaHost:
             return self._next(request.sent)
         return self._fetch(request)
 
-    def _job(self, n_bytes: int) -> Job:
+    def _job(self, n_bytes: int) -> LlamaCall:
         (raw,) = self._room.arena.arrays([("u1", n_bytes)])
-        return msgspec.msgpack.decode(raw.tobytes(), type=Job)
+        return msgspec.msgpack.decode(raw.tobytes(), type=LlamaCall)
 
-    def _invoke(self, job: Job) -> Output:
+    def _invoke(self, job: LlamaCall) -> Output:
         if job.method not in _METHODS:
             raise ValueError(f"{job.method} is no method of a Llama")
         if isinstance(self._running, Generator):

@@ -22,13 +22,13 @@ from llama_cpp.llama_cache import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from crumplezone.sandbox.child.loop import AbandonedError, Room
-from crumplezone.workers.native.model import Voices
+from crumplezone.workers.native.model import NativeLogs
 from crumplezone.workers.protocol.llama import (
     NOTE_MAX,
     Evaluated,
-    Job,
     Judge,
     Judged,
+    LlamaCall,
     LlamaConfig,
     Note,
     Process,
@@ -47,7 +47,7 @@ class GrammarError(Exception):
 class _Identity:
     """In the place of the modules ``uuid`` and ``time``: a call made again has the ids that it had."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: LlamaCall) -> None:
         self._created = job.created
         random.seed(job.identity)  # some chat formats make the ids of tool calls with it
 
@@ -58,7 +58,7 @@ class _Identity:
         return self._created
 
 
-class Journal:
+class CallJournal:
     """What the supervisor has to know to do the running job again.
 
     Args:
@@ -101,15 +101,15 @@ class Journal:
         return note
 
 
-class Hosted(original.Llama):  # type: ignore[misc] # an Any, see above
+class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
     """The real one, with a journal and a replay."""
 
     n_tokens: int
 
-    def __init__(self, config: LlamaConfig, room: Room, voices: Voices) -> None:
-        self.journal = Journal(room.ask)
+    def __init__(self, config: LlamaConfig, room: Room, voices: NativeLogs) -> None:
+        self.journal = CallJournal(room.ask)
         self._room, self._voices = room, voices
-        self._job: Job | None = None
+        self._job: LlamaCall | None = None
         self._history: list[int] | None = None  # evaluated in another cell, and not yet here
         self._generation = -1
         self._forced: deque[int] = deque()
@@ -120,7 +120,7 @@ class Hosted(original.Llama):  # type: ignore[misc] # an Any, see above
         super().__init__(**parameters | {"model_path": config.path})
         self.model_path = parameters["model_path"]
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: LlamaCall) -> None:
         """Stand as the supervisor's `Llama` stands."""
         self._job, self._history = job, job.history
         if job.history is not None:

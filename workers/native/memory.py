@@ -66,7 +66,7 @@ def load(context: Any, memory: Any, seq_id: int, state: npt.NDArray[np.uint8]) -
     return done
 
 
-class Adapters:
+class NativeAdapters:
     """LoRA adapters and the control vector of a context.
 
     Args:

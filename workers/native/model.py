@@ -78,7 +78,7 @@ def _metadata(model: Any, name: str) -> str:
     return text.value.decode("utf-8", "replace") if n >= 0 else ""
 
 
-class Voices:
+class NativeLogs:
     """Native log lines and the abort message, on their way out. Callbacks must outlive every call."""
 
     def __init__(self, room: Room) -> None:
@@ -120,7 +120,7 @@ class Model:
 
     pointer: Any
     file: ModelFile
-    voices: Voices
+    voices: NativeLogs
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def load_model(file: ModelFile, room: Room) -> Model:
     Raises:
         LoadError: llama.cpp could not; the message is its own.
     """
-    voices = Voices(room)
+    voices = NativeLogs(room)
     C.llama_backend_init()
     params = C.llama_model_default_params()
     params.n_gpu_layers = file.n_gpu_layers
@@ -221,5 +221,5 @@ def model_of(preloaded: Any, model: str, n_gpu_layers: int, room: Room) -> Model
     """
     file = ModelFile(model, n_gpu_layers)
     if isinstance(preloaded, Seed) and preloaded.model.file == file:
-        return replace(preloaded.model, voices=Voices(room))
+        return replace(preloaded.model, voices=NativeLogs(room))
     return load_model(file, room)

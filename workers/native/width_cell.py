@@ -14,14 +14,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.workers.native.decode_cell import LlamaCell
+from crumplezone.workers.native.decode_cell import DecodeCell
 from crumplezone.workers.protocol.arrays import batch_shapes
 from crumplezone.workers.protocol.messages import Request
 from crumplezone.workers.protocol.width import Fill, Filled, Step, Stepped, Weigh, Weighed
 
 
-class WidthCell(LlamaCell):
-    """A `LlamaCell` with a clock.
+class WidthCell(DecodeCell):
+    """A `DecodeCell` with a clock.
 
     One context serves all widths: where each sequence has a stream of its own (kv_unified=False), those that
     are not in the batch cost nothing. Seen: a step in a context of 32 takes as long as in one of just the

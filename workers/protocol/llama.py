@@ -54,7 +54,7 @@ class Grammar(msgspec.Struct, frozen=True):
     schema: bool = False
 
 
-class Job(msgspec.Struct, frozen=True):
+class LlamaCall(msgspec.Struct, frozen=True):
     """One call of a method of ``Llama``, and everything that its result depends on.
 
     Attributes:
@@ -89,13 +89,13 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Invoke(msgspec.Struct, tag="invoke", frozen=True):
-    """Run the `Job` of so many bytes in the arena. Ends what ran before."""
+    """Run the `LlamaCall` of so many bytes in the arena. Ends what ran before."""
 
     n_bytes: int
 
 
 class Query(msgspec.Struct, tag="query", frozen=True):
-    """Run a `Job` that changes nothing (tokenising, ...), even while another is suspended or asks."""
+    """Run a `LlamaCall` that changes nothing (tokenising, ...), even while another is suspended or asks."""
 
     n_bytes: int
 

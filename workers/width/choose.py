@@ -14,7 +14,7 @@ from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.sandbox.process.cgroup import available_memory
-from crumplezone.workers.cells.source import Source
+from crumplezone.workers.cells.source import CellSource
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.file import check_file
 from crumplezone.workers.model.limits import Limits
@@ -71,7 +71,7 @@ def choose(
         contexts: How many contexts (of lanes and spares) have to fit into the memory.
 
     Raises:
-        ModelError, CrumplezoneError: No cell can be had for the model, as `Source.start`.
+        ModelError, CrumplezoneError: No cell can be had for the model, as `CellSource.start`.
     """
     widths = (n_seq,) if n_seq else _widths(config, n_threads or most_threads)
     threads = (n_threads,) if n_threads else tuple(dict.fromkeys((most_threads, most_threads // 2 or 1)))
@@ -132,7 +132,7 @@ def _found(asked: _Question, reporter: Reporter, zygote: Zygote | None) -> Found
 
 
 def _measured(asked: _Question, reporter: Reporter, zygote: Zygote | None) -> Found | None:
-    source, info = Source(TARGET, asked.config, asked.limits, reporter, zygote), None
+    source, info = CellSource(TARGET, asked.config, asked.limits, reporter, zygote), None
     try:
         cell = source.start()
         info = cell.info(CellInfo)

@@ -14,7 +14,7 @@ from crumplezone.reports.records.report import Fault
 from crumplezone.sandbox.autopsy.sigframe import aarch64 as sigframe_aarch64
 from crumplezone.sandbox.autopsy.sigframe import x86_64 as sigframe_x86_64
 from crumplezone.sandbox.autopsy.sigframe.layout import Layout, Saved
-from crumplezone.sandbox.process.procfs import Call, Map, find_map, is_code, read_at
+from crumplezone.sandbox.process.procfs import Map, SystemCall, find_map, is_code, read_at
 
 _LAYOUTS: dict[str, Layout] = {"x86_64": sigframe_x86_64, "aarch64": sigframe_aarch64}
 _SCAN_MAX = 64 * 1024  # bytes of each stack; faulthandler's handler, below the frame, takes under 1 kB
@@ -51,7 +51,7 @@ def _on_stack(layout: Layout, mem: BinaryIO, maps: list[Map], sp: int) -> Saved 
     return layout.find(read_at(mem, sp, min(within.end - sp, _SCAN_MAX)), sp) if within else None
 
 
-def read_signal_frame(pid: int, calls: dict[int, Call | None], maps: list[Map]) -> SignalFrame | None:
+def read_signal_frame(pid: int, calls: dict[int, SystemCall | None], maps: list[Map]) -> SignalFrame | None:
     """Find the signal frame on any thread of a stopped process; None if there is none, or on other machines.
 
     Args:
@@ -82,14 +82,16 @@ def read_signal_frame(pid: int, calls: dict[int, Call | None], maps: list[Map]) 
     return None
 
 
-def _suspects(calls: dict[int, Call | None], machine: str, mem: BinaryIO) -> list[tuple[int, Call]]:
+def _suspects(
+    calls: dict[int, SystemCall | None], machine: str, mem: BinaryIO
+) -> list[tuple[int, SystemCall]]:
     """The threads with their system calls. Where several have faulted, the first to fault comes first.
 
     It is held with the name of its signal in hand, or was stopped on the way there; the others have the
     opening words in hand, or are parked.
     """
 
-    def rank(suspect: tuple[int, Call]) -> int:
+    def rank(suspect: tuple[int, SystemCall]) -> int:
         call = suspect[1]
         if call.number == _WRITE[machine]:
             return 2 if read_at(mem, call.arguments[1], len(_OPENING)) == _OPENING else 0

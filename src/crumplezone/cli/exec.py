@@ -23,7 +23,7 @@ def execute(
 
     Input, output, arguments, directory and exit status are the program's own (128 + n after signal n).
     """
-    from crumplezone.diagnostics.exec.run import Limits, run
+    from crumplezone.diagnostics.exec.run import ProgramLimits, run
 
-    limits = Limits(timeout, memory << 20 if memory else None)
+    limits = ProgramLimits(timeout, memory << 20 if memory else None)
     raise typer.Exit(run(command, limits, open_store(reports).directory))

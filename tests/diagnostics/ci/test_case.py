@@ -25,7 +25,7 @@ from crumplezone.diagnostics.replay.script import check, script
 from crumplezone.reports.records.report import Outcome, Report, VerdictKind
 from crumplezone.reports.records.run import CaseRecord, Ending, Shape
 from crumplezone.reports.store.store import Store
-from crumplezone.workers.cells.decode_client import Runner
+from crumplezone.workers.cells.decode_client import DecodeClient
 from tests.support.decoders import Dose, crashed_stack, descriptors, read_all
 from tests.support.models.tiny_bert import write_tiny_bert, write_tiny_t5
 from tests.support.models.tiny_gguf import write_block_count_zero, write_tiny_llama, write_truncated
@@ -172,7 +172,7 @@ def test_a_crash_of_the_safe_path_is_one(tiny: Path, attempt: Try, store: Store,
 def test_what_a_batch_muddles_up_is_a_mismatch(
     tiny: Path, attempt: Try, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Runner.__init__, "__defaults__", ("tests.support.native.case_stunts:Muddled",))
+    monkeypatch.setattr(DecodeClient.__init__, "__defaults__", ("tests.support.native.case_stunts:Muddled",))
     record = attempt(tiny, tokens=20, sequences=2)
     assert record.ending is Ending.MISMATCH
     assert "sequence" in record.detail
@@ -265,7 +265,7 @@ def test_a_return_code_is_a_refusal(tiny: Path, attempt: Try, store: Store, dose
 
 
 def test_a_build_without_llama_process(tiny: Path, attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner.__init__, "__defaults__", ("tests.support.native.case_stunts:Older",))
+    monkeypatch.setattr(DecodeClient.__init__, "__defaults__", ("tests.support.native.case_stunts:Older",))
     record = attempt(tiny, path="process")
     assert (record.ending, record.detail) == (Ending.REFUSED, "this llama.cpp has no llama_process")
 

@@ -24,10 +24,10 @@ from crumplezone.errors import CellDied, ModelError, UsageError
 from crumplezone.reports.records.report import Exit, Report
 from crumplezone.reports.store.store import Store
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
-from crumplezone.sandbox.cells.spares import Supply
+from crumplezone.sandbox.cells.spares import SparePool
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.workers.batch.call import Ask
-from crumplezone.workers.cells.decode_client import TARGET, Runner
+from crumplezone.workers.batch.call import DecodeOptions
+from crumplezone.workers.cells.decode_client import TARGET, DecodeClient
 from crumplezone.workers.cells.source import report_idle
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
@@ -41,7 +41,7 @@ from tests.support.services.stunts import Config, Echo, Stunt
 
 BATCH = Batch.of([[4, 5, 6], [7, 8]]).columns()
 Pids = queue.SimpleQueue[int]
-Stock = Callable[..., Supply]
+Stock = Callable[..., SparePool]
 
 
 @pytest.fixture
@@ -65,14 +65,14 @@ def zygote(deaths: Deaths) -> Iterator[Zygote]:
 @pytest.fixture
 def stock(zygote: Zygote, deaths: Deaths, warmed: Pids) -> Iterator[Stock]:
     """Make supplies of forked cells, closed after the test."""
-    made: list[Supply] = []
+    made: list[SparePool] = []
 
     def warm(cell: Cell) -> None:
         echo(cell)
         warmed.put(cell.pid)
 
-    def make(spares: int = 1, warm: Callable[[Cell], None] = warm) -> Supply:
-        made.append(Supply(SPEC, zygote, spares, warm, deaths.put))
+    def make(spares: int = 1, warm: Callable[[Cell], None] = warm) -> SparePool:
+        made.append(SparePool(SPEC, zygote, spares, warm, deaths.put))
         return made[-1]
 
     yield make
@@ -171,7 +171,7 @@ def test_closing_ends_a_spare_that_starts(zygote: Zygote, deaths: Deaths) -> Non
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     handler = QueueHandler(records)
     logging.getLogger("stunts.voice").addHandler(handler)
-    supply = Supply(SPEC, zygote, 1, echo, deaths.put)
+    supply = SparePool(SPEC, zygote, 1, echo, deaths.put)
     supply.take().close()
     supply.renew(replace(SPEC, config=Config("log_and_hang")))
     records.get(timeout=30)
@@ -210,7 +210,7 @@ def test_many_deaths_leave_nothing_behind(stock: Stock, zygote: Zygote, warmed: 
 
 
 def test_a_supply_that_nobody_closed_is_collected(zygote: Zygote, deaths: Deaths) -> None:
-    supply = Supply(SPEC, zygote, 1, echo, deaths.put)
+    supply = SparePool(SPEC, zygote, 1, echo, deaths.put)
     supply.take().close()
     assert supply.stocked(30)
     del supply
@@ -228,20 +228,20 @@ def reporter(store: Store) -> Iterator[Reporter]:
     made.close()
 
 
-Run = Callable[..., tuple[Runner, Zygote]]
+Run = Callable[..., tuple[DecodeClient, Zygote]]
 
 
 @pytest.fixture
 def run(reporter: Reporter) -> Iterator[Run]:
     """Make runners over zygotes, closed after the test."""
-    made: list[tuple[Runner, Zygote]] = []
+    made: list[tuple[DecodeClient, Zygote]] = []
 
-    def make(model: Path, target: str = TARGET, spares: int = 1) -> tuple[Runner, Zygote]:
+    def make(model: Path, target: str = TARGET, spares: int = 1) -> tuple[DecodeClient, Zygote]:
         config = CellConfig(str(model), 512, 64, 64, 2, 1)
         spec = CellSpec("crumplezone.workers.native.model:preload", config)
         zygote = Zygote(spec, partial(report_idle, reporter, config))
         limits = Limits(30, None)
-        made.append((Runner(config, limits, reporter, target, zygote=zygote, spares=spares), zygote))
+        made.append((DecodeClient(config, limits, reporter, target, zygote=zygote, spares=spares), zygote))
         return made[-1]
 
     yield make
@@ -250,8 +250,8 @@ def run(reporter: Reporter) -> Iterator[Run]:
         zygote.close()
 
 
-def logits(runner: Runner) -> np.ndarray:
-    found = runner.send(BATCH, Ask()).logits
+def logits(runner: DecodeClient) -> np.ndarray:
+    found = runner.send(BATCH, DecodeOptions()).logits
     assert found is not None
     return found
 
@@ -262,7 +262,7 @@ def settled(reporter: Reporter, store: Store) -> list[Report]:
 
 
 def test_forked_spawned_and_spare_cells_compute_the_same(tiny: Path, run: Run) -> None:
-    spawned = Runner(CellConfig(str(tiny), 512, 64, 64, 2, 1), Limits(30, None), None)
+    spawned = DecodeClient(CellConfig(str(tiny), 512, 64, 64, 2, 1), Limits(30, None), None)
     expected = logits(spawned)
     spawned.shut()
     runner, zygote = run(tiny)
@@ -324,7 +324,7 @@ def test_a_native_crash_in_a_forked_cell(smollm: Path, run: Run) -> None:
     runner, _ = run(smollm)
     runner.start()
     with pytest.raises(CellDied) as caught:
-        runner.send(BATCH, Ask(encode=True))
+        runner.send(BATCH, DecodeOptions(encode=True))
     evidence = caught.value.incident.evidence.result(60)
     assert (evidence.exit, evidence.returncode) == (Exit.SIGNAL, -signal.SIGSEGV)
     (crashed,) = [thread for thread in evidence.threads if thread.crashed]

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.sandbox.child.loop import Room
-from crumplezone.workers.native.decode_cell import LlamaCell
+from crumplezone.workers.native.decode_cell import DecodeCell
 
 
-class Muddled(LlamaCell):
+class Muddled(DecodeCell):
     """Gives the sequences of a batch each other's tokens."""
 
     def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int, **options: Any) -> int:
@@ -22,7 +22,7 @@ class Muddled(LlamaCell):
         return super().run(arrays, begin, end, **options)
 
 
-class Older(LlamaCell):
+class Older(DecodeCell):
     """Of a llama-cpp-python that does not know llama_process."""
 
     def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:

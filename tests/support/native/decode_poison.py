@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.workers.native.decode_cell import LlamaCell
+from crumplezone.workers.native.decode_cell import DecodeCell
 
 TARGET = "tests.support.native.decode_poison:PoisonCell"
 VARIABLE = "CRUMPLEZONE_TEST_POISON"
@@ -31,8 +31,8 @@ class Poison(msgspec.Struct, frozen=True):
     fifo: str = ""  # wait: told by opening it
 
 
-class PoisonCell(LlamaCell):
-    """A `LlamaCell` with a `Poison`."""
+class PoisonCell(DecodeCell):
+    """A `DecodeCell` with a `Poison`."""
 
     def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int, **options: Any) -> int:
         poison = msgspec.json.decode(os.environ[VARIABLE], type=Poison)

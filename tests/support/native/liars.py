@@ -8,15 +8,15 @@ from pathlib import Path
 
 import msgspec
 
-from crumplezone.sandbox.child.fork_server import Fork, Forked, Nursery
-from crumplezone.workers.native.decode_cell import LlamaCell
+from crumplezone.sandbox.child.fork_server import Fork, Forked, ForkServer
+from crumplezone.workers.native.decode_cell import DecodeCell
 from crumplezone.workers.protocol.messages import Generated, Progress, Request, Tokenize, Tokenized
 
 TARGET = "tests.support.native.liars:Liar"
 VARIABLE = "CRUMPLEZONE_TEST_LIE"  # names a file that names the lie
 
 
-class Liar(LlamaCell):
+class Liar(DecodeCell):
     """Lies once, unless the lie is told ``always``."""
 
     def handle(self, request: Request) -> msgspec.Struct:
@@ -57,7 +57,7 @@ class Liar(LlamaCell):
         return [Progress(each.seq_id, [128], b"") for each in told]
 
 
-class Changeling(Nursery):
+class Changeling(ForkServer):
     """A zygote that once names another process than the one it forked, or dies before it names any."""
 
     def _fork(self, request: Fork) -> Forked:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from crumplezone.sandbox.child.loop import Room
-from crumplezone.workers.native.llama_cell import LlamaHost
+from crumplezone.workers.native.llama_cell import LlamaCell
 
 TARGET = "tests.support.native.llama_poison:PoisonHost"
 VARIABLE = "CRUMPLEZONE_TEST_LLAMA_POISON"
@@ -26,8 +26,8 @@ class Dose(msgspec.Struct, frozen=True):
     how: str = "segv"  # segv or hang
 
 
-class PoisonHost(LlamaHost):
-    """A `LlamaHost` with a `Dose`."""
+class PoisonHost(LlamaCell):
+    """A `LlamaCell` with a `Dose`."""
 
     def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:
         super().__init__(config, room)

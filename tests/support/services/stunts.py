@@ -82,7 +82,7 @@ def _stack_overflow() -> None:
 def _ggml_abort(room: Room) -> None:
     from crumplezone.workers.native import model as native_model
 
-    voices = native_model.Voices(room)  # the callback must outlive the abort
+    voices = native_model.NativeLogs(room)  # the callback must outlive the abort
     assert voices.last_error == ""
     native_model.ggml().ggml_abort(b"stunts.py", 7, b"GGML_ASSERT(%s) failed", b"stunt == double")
 

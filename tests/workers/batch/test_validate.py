@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from crumplezone.errors import InputError, PositionError
 from crumplezone.workers.batch.batch import Batch
 from crumplezone.workers.batch.columns import Columns
-from crumplezone.workers.batch.validate import Capacity, Memory, validate
+from crumplezone.workers.batch.validate import Capacity, MemoryState, validate
 from tests.support.batches import BOTH, INT_MAX, LIMITS, N_SEQ_MAX, columns, held, random_batch, refused
 
 
@@ -28,7 +28,7 @@ def embeddings(embd: Any, tokens: Any = None) -> Columns:
 
 
 # Memory, a batch, why it is refused, and whether llama.cpp does that itself (rc -1).
-POSITIONS: list[tuple[Memory, Columns, str, bool]] = [
+POSITIONS: list[tuple[MemoryState, Columns, str, bool]] = [
     (held(), columns([0, 1, 2]), "", False),
     (held(s0=9), columns([10, 11]), "", False),
     (held(), columns([-1]), "positions[0] is -1: must be 0: sequence 0 is empty in memory", False),
@@ -51,7 +51,7 @@ POSITIONS: list[tuple[Memory, Columns, str, bool]] = [
 
 
 @pytest.mark.parametrize(("memory", "batch", "why", "native"), POSITIONS)
-def test_positions(memory: Memory, batch: Columns, why: str, native: bool) -> None:
+def test_positions(memory: MemoryState, batch: Columns, why: str, native: bool) -> None:
     answer = refused(batch, memory=memory)
     assert why in answer
     assert bool(answer) == bool(why)
@@ -60,7 +60,7 @@ def test_positions(memory: Memory, batch: Columns, why: str, native: bool) -> No
 
 
 def test_sequences_that_share_a_token_must_have_begun_alike() -> None:
-    trimmed = Memory(np.array([0, 3, -1, -1], np.int32), np.array([9, 9, -1, -1], np.int32))
+    trimmed = MemoryState(np.array([0, 3, -1, -1], np.int32), np.array([9, 9, -1, -1], np.int32))
     batch = columns([10], [[0, 1]])
     for level in BOTH:
         why = refused(batch, level, memory=trimmed)
@@ -147,7 +147,9 @@ MANY = Batch.of([list(range(17))], "all").columns()
         (replace(LIMITS, n_positions=17), held(), False, ""),
     ],
 )
-def test_what_model_and_context_can_take(limits: Capacity, memory: Memory, encode: bool, why: str) -> None:
+def test_what_model_and_context_can_take(
+    limits: Capacity, memory: MemoryState, encode: bool, why: str
+) -> None:
     answer = refused(MANY, limits=limits, memory=memory, encode=encode)
     assert why in answer
     assert bool(answer) == bool(why)
@@ -165,7 +167,7 @@ def test_outputs_count_if_all_are() -> None:
 def test_what_was_removed_from_the_front_makes_room() -> None:
     limits = replace(LIMITS, n_ctx_seq=16)
     batch = columns([20, 21, 22])
-    room = Memory(np.array([7, -1, -1, -1], np.int32), np.array([19, -1, -1, -1], np.int32))
+    room = MemoryState(np.array([7, -1, -1, -1], np.int32), np.array([19, -1, -1, -1], np.int32))
     assert not refused(batch, limits=limits, memory=room)
     full = replace(room, pos_min=np.array([6, -1, -1, -1], np.int32))
     assert "positions[2] is 22: the context holds 16" in refused(batch, limits=limits, memory=full)
@@ -217,12 +219,12 @@ class Native:
         self.memory: Any = C.llama_get_memory(self.context)
         self.limits = replace(LIMITS, n_ctx_seq=int(C.llama_n_ctx_seq(self.context)))
 
-    def held(self) -> Memory:
+    def held(self) -> MemoryState:
         ends = [
             [get(self.memory, i) for i in range(N_SEQ_MAX)]
             for get in (self.c.llama_memory_seq_pos_min, self.c.llama_memory_seq_pos_max)
         ]
-        return Memory(np.array(ends[0], np.int32), np.array(ends[1], np.int32))
+        return MemoryState(np.array(ends[0], np.int32), np.array(ends[1], np.int32))
 
     def decode(self, batch: Columns) -> int:
         def pointer(array: Any, kind: Any) -> Any:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from crumplezone.workers.batch import validate as module
 from crumplezone.workers.batch.columns import Columns
-from crumplezone.workers.batch.validate import Capacity, Level, Memory, plainly_valid
+from crumplezone.workers.batch.validate import Capacity, Level, MemoryState, plainly_valid
 from tests.support.batches import BOTH, LIMITS, N_SEQ_MAX, columns, held, random_batch, refused
 
 
-def by_the_rules(batch: Columns, level: Level, limits: Capacity, memory: Memory) -> str:
+def by_the_rules(batch: Columns, level: Level, limits: Capacity, memory: MemoryState) -> str:
     """Why the rules refuse it, without a glance before, or nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "plainly_valid", lambda *_: False)
@@ -43,7 +43,7 @@ SPECIAL = [
 def test_what_a_glance_accepts_no_rule_refuses(seed: int, ends: list[int]) -> None:
     rng = np.random.default_rng(seed)
     pos_max = np.array(ends, np.int32)
-    memory = Memory(np.minimum(pos_max, rng.integers(0, 9)), pos_max)
+    memory = MemoryState(np.minimum(pos_max, rng.integers(0, 9)), pos_max)
     batch = random_batch(rng, memory)
     for limits in SPECIAL:
         seen = plainly_valid(batch, limits, memory)

@@ -9,7 +9,7 @@ from typing import Literal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crumplezone.workers.cells.progress import Flight
+from crumplezone.workers.cells.progress import ProgressChecker
 from crumplezone.workers.protocol.messages import Generated, Join, Progress
 from crumplezone.workers.protocol.sampling import Sampling
 
@@ -27,12 +27,12 @@ replies = st.lists(
 )
 
 
-def join(flight: Flight, seq_id: int, n_tokens: int, max_tokens: int) -> None:
+def join(flight: ProgressChecker, seq_id: int, n_tokens: int, max_tokens: int) -> None:
     flight.join(Join(seq_id, n_tokens, Sampling(max_tokens)))
 
 
-def flight_of(prompts: list[tuple[int, int, int]]) -> Flight:
-    flight = Flight(N_VOCAB)
+def flight_of(prompts: list[tuple[int, int, int]]) -> ProgressChecker:
+    flight = ProgressChecker(N_VOCAB)
     for seq_id, (n_tokens, max_tokens, _) in enumerate(prompts):
         join(flight, seq_id, n_tokens, max_tokens)
     return flight
@@ -109,14 +109,14 @@ def test_nothing_is_believed_for_ever(
         assert believed <= most
 
 
-def silent(flight: Flight, seq_ids: list[int], chunk: int) -> int:
+def silent(flight: ProgressChecker, seq_ids: list[int], chunk: int) -> int:
     """For how many replies a cell is believed that tells nothing of these sequences."""
     said = Generated(0, [Progress(seq_id, [], b"") for seq_id in seq_ids])
     return next(n for n in range(100) if flight.land(said, chunk))
 
 
 def test_what_was_read_or_given_up_excuses_no_silence() -> None:
-    flight = Flight(N_VOCAB)
+    flight = ProgressChecker(N_VOCAB)
     for seq_id in range(3):
         join(flight, seq_id, 40, 9)
     flight.leave(1)

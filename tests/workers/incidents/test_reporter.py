@@ -22,7 +22,7 @@ from crumplezone.reports.store.store import Store
 from crumplezone.reports.store.storm import FULL_PER_HOUR
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
-from crumplezone.workers.incidents.case import Case
+from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.protocol.config import CellConfig
 from tests.support.decoders import batch_of
@@ -51,7 +51,7 @@ def lose(stunt: str = "segv") -> Incident:
     return incident
 
 
-def end(case: Case) -> None:
+def end(case: JobRecord) -> None:
     case.step("safe", Outcome.OK, [0, 1])
     case.result = "cured"
 
@@ -60,7 +60,7 @@ def test_a_report_is_there_before_its_job_has_ended(
     reporter: Reporter, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "crumplezone")
-    case = Case()
+    case = JobRecord()
     path = Path(reporter.add(case, lose(), "native", BATCH, CONFIG))
     case.step("native", Outcome.CRASHED, [0, 1])
     reporter.flush()
@@ -85,7 +85,7 @@ def test_a_report_is_there_before_its_job_has_ended(
 
 
 def test_only_the_exit_is_judged_while_the_job_goes_on(reporter: Reporter, store: Store) -> None:
-    case = Case()
+    case = JobRecord()
     end(case)  # another sequence's end, which says nothing of this crash
     case.step("native", Outcome.CRASHED, [0, 1])
     ids = [Path(reporter.add(case, lose(stunt), "safe", BATCH)).name for stunt in ("segv", "exit_native")]
@@ -115,7 +115,7 @@ def test_a_supervisor_killed_meanwhile_leaves_its_report(store: Store) -> None:
 
 
 def test_a_job_that_ended_first_is_written_once(reporter: Reporter, store: Store) -> None:
-    case, incident = Case(result="done"), lose()
+    case, incident = JobRecord(result="done"), lose()
     slow = dataclasses.replace(incident, evidence=Future())
     reporter.add(case, slow, "native", BATCH)
     reporter.file(case, CONFIG, None)
@@ -157,7 +157,7 @@ def test_a_storm_never_refers_to_what_is_not_there(
 def test_a_store_that_goes_away_in_the_middle_of_a_job_gets_its_report(
     reporter: Reporter, store: Store
 ) -> None:
-    case = Case()
+    case = JobRecord()
     path = Path(reporter.add(case, lose(), "native", BATCH))
     reporter.flush()
     shutil.rmtree(store.directory)
@@ -169,7 +169,7 @@ def test_a_store_that_goes_away_in_the_middle_of_a_job_gets_its_report(
 
 def test_redacted_from_the_first_writing_on(store: Store) -> None:
     reporter = Reporter(store.directory, redacted=True)
-    case = Case()
+    case = JobRecord()
     path = Path(reporter.add(case, lose(), "native", BATCH, CONFIG))
     reporter.flush()
     early = store.read(path.name)

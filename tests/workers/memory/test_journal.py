@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.memory.journal import (
     ALL,
+    Appended,
     Copied,
-    Decoded,
     Journal,
     Loaded,
     Operation,
@@ -33,7 +33,7 @@ class Model:
 
     def do(self, operation: Operation) -> None:
         match operation:
-            case Decoded(columns):
+            case Appended(columns):
                 self._decode(columns)
             case Loaded(seq_id, state, _):
                 self.cells[seq_id] = dict(eval(state))
@@ -103,9 +103,9 @@ steps = st.lists(
 def perform(step: tuple[Any, ...], journal: Journal, model: Model) -> None:  # noqa: C901 - a table
     match step:
         case ("decode", seq_id, values):
-            commit(Decoded(tokens([seq_id], model.next(seq_id), values)), journal, model)
+            commit(Appended(tokens([seq_id], model.next(seq_id), values)), journal, model)
         case ("couple", a, b, value) if a != b and model.next(a) == model.next(b):
-            commit(Decoded(tokens([a, b], model.next(a), [value])), journal, model)
+            commit(Appended(tokens([a, b], model.next(a), [value])), journal, model)
         case ("remove", seq_id, begin, end):
             remove(seq_id, begin, end, journal, model)
         case ("tail", seq_id, begin):
@@ -140,7 +140,7 @@ def remove(seq_id: int, begin: int, end: int, journal: Journal, model: Model) ->
     journal.removed(seq_id, ALL if whole else begin, ALL if whole else end)
 
 
-def commit(operation: Decoded | Copied | Shifted, journal: Journal, model: Model) -> None:
+def commit(operation: Appended | Copied | Shifted, journal: Journal, model: Model) -> None:
     journal.add(operation)
     model.do(operation)
 
@@ -158,28 +158,28 @@ def test_a_replay_gives_the_same_memory(taken: list[tuple[Any, ...]]) -> None:
         for seq_id in range(N_SEQ):
             assert journal.positions(seq_id).tolist() == sorted(model.cells[seq_id])
     if not any(model.cells):
-        assert not [op for op in journal.replay() if isinstance(op, Decoded)]
+        assert not [op for op in journal.replay() if isinstance(op, Appended)]
 
 
 def test_a_long_chat_that_is_trimmed_keeps_no_more_than_it_holds() -> None:
     journal = Journal()
     for _ in range(100):
-        journal.add(Decoded(tokens([0], 0, [1] * 10)))
+        journal.add(Appended(tokens([0], 0, [1] * 10)))
         journal.removed(0, 4, ALL)
         journal.removed(0, ALL, ALL)
     assert not journal
     for turn in range(100):
-        journal.add(Decoded(tokens([1], 2 * turn, [1] * 5)))
+        journal.add(Appended(tokens([1], 2 * turn, [1] * 5)))
         journal.removed(1, 2 * turn + 2, ALL)
     assert journal.n_tokens == 200
 
 
 def test_a_source_that_was_removed_is_rebuilt_for_its_copy_and_removed_again() -> None:
     journal = Journal()
-    journal.add(Decoded(tokens([0], 0, [1, 2, 3])))
+    journal.add(Appended(tokens([0], 0, [1, 2, 3])))
     journal.add(Copied(0, 1, ALL, ALL))
     journal.removed(0, ALL, ALL)
-    assert [type(op) for op in journal.replay()] == [Decoded, Copied, Removed]
+    assert [type(op) for op in journal.replay()] == [Appended, Copied, Removed]
     journal.removed(1, ALL, ALL)
     assert not journal
 
@@ -189,10 +189,10 @@ def test_tokens_of_one_sequence_are_replayed_together(seq_ids: list[int]) -> Non
     journal = Journal()
     for position in range(4):
         for seq_id in seq_ids:
-            journal.add(Decoded(tokens([seq_id], position, [position])))
+            journal.add(Appended(tokens([seq_id], position, [position])))
     replayed = list(journal.replay())
-    assert all(isinstance(op, Decoded) for op in replayed)
-    assert [op.columns.seq_ids.tolist() for op in replayed if isinstance(op, Decoded)] == [
+    assert all(isinstance(op, Appended) for op in replayed)
+    assert [op.columns.seq_ids.tolist() for op in replayed if isinstance(op, Appended)] == [
         [seq_ids[0]] * 4,
         [seq_ids[1]] * 4,
     ]

@@ -20,11 +20,11 @@ from crumplezone.diagnostics.replay.replay import native_calls
 from crumplezone.diagnostics.replay.script import script
 from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import BatchRecord, Exit, Generating
-from crumplezone.workers.batch.call import Ask, RefusedError
-from crumplezone.workers.cells.decode_client import TARGET, Runner
+from crumplezone.workers.batch.call import DecodeOptions, RefusedError
+from crumplezone.workers.cells.decode_client import TARGET, DecodeClient
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
-from crumplezone.workers.native.decode_cell import LlamaCell
+from crumplezone.workers.native.decode_cell import DecodeCell
 from crumplezone.workers.native.engine import engine
 from crumplezone.workers.protocol.messages import BESIDE, Generated, Join, MemoryOperation, Request
 from crumplezone.workers.protocol.sampling import Sampling
@@ -48,7 +48,7 @@ LONG = Sampling(100)  # more than a reply brings
 Make = Callable[..., "Driver"]
 
 
-class HastyCell(LlamaCell):
+class HastyCell(DecodeCell):
     """To which every native call takes long."""
 
     def handle(self, request: Request) -> msgspec.Struct:
@@ -61,7 +61,7 @@ class Driver:
 
     def __init__(self, model: Path, n_seq: int, target: str = TARGET) -> None:
         config = configure(model, n_ctx=256 * n_seq, n_batch=CHUNK, n_seq_max=n_seq, n_threads=1)
-        self.runner = Runner(config, Limits(60, None), None, target)
+        self.runner = DecodeClient(config, Limits(60, None), None, target)
         self.tokens: dict[int, list[int]] = {}
         self.running: set[int] = set()
         self._joins: list[tuple[Join, npt.NDArray[np.int32]]] = []
@@ -307,7 +307,7 @@ def test_nothing_is_kept_of_a_memory_that_others_changed(operation: str, tiny: P
     if operation == "clear":
         driver.runner.operate(MemoryOperation("clear"))
     else:
-        driver.runner.send(Batch.of([words(20, 1)]).columns(), Ask())
+        driver.runner.send(Batch.of([words(20, 1)]).columns(), DecodeOptions())
     driver.join(0, prompt, Sampling(2))
     driver.step(1)
     assert len(driver.sent()) == 20

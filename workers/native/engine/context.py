@@ -11,7 +11,7 @@ from crumplezone.workers.protocol.config import CellInfo
 
 
 class Context(Protocol):
-    """A context of llama.cpp: `crumplezone.workers.native.decode_cell.LlamaCell` is one.
+    """A context of llama.cpp: `crumplezone.workers.native.decode_cell.DecodeCell` is one.
 
     Attributes:
         context: ``llama_context *``.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.workers.native.engine.context import Context
-from crumplezone.workers.native.engine.prefix import Line, Places
+from crumplezone.workers.native.engine.prefix import CachedSequence, PrefixCache
 from crumplezone.workers.native.engine.sampler import Sampler
 from crumplezone.workers.protocol.messages import BESIDE, Generated, Join, Progress
 
@@ -27,7 +27,7 @@ class NonFiniteError(Exception):
 
 
 @dataclass(eq=False, kw_only=True)
-class _Sequence(Line):
+class _Sequence(CachedSequence):
     sampler: Sampler | None  # None: the likeliest token, which `Engine` finds faster
     left: int  # tokens still to draw
     begun: bool = False  # the first was drawn
@@ -48,7 +48,7 @@ class Engine:
         self._cell, self._nudged = cell, nudged
         self._n_vocab = cell.info().n_vocab
         self._running: dict[int, _Sequence] = {}  # in the order in which they came
-        self._places = Places(cell)
+        self._places = PrefixCache(cell)
         self._room = ctypes.create_string_buffer(_PIECE_MAX)
         self._pieces: dict[int, bytes | None] = {}
 

@@ -17,7 +17,7 @@ _WORTH = 64  # a copy takes the time of computing one token of this many that a 
 
 
 @dataclass(eq=False)
-class Line:
+class CachedSequence:
     """The tokens of a sequence, and how many of them its place in memory holds."""
 
     seq_id: int
@@ -26,7 +26,7 @@ class Line:
     position: int = 0  # so many are in memory
     placed: bool = False
     ended: bool = False  # what is in memory stays there until its place is taken
-    waits_for: Line | None = None
+    waits_for: CachedSequence | None = None
     until: int = 0  # that one holds so many
 
     @property
@@ -42,7 +42,7 @@ class Line:
         self.n_tokens += 1
 
 
-class Places:
+class PrefixCache:
     """What the memory holds at each place: of the sequence that runs there, or of the last one that did.
 
     Args:
@@ -55,13 +55,13 @@ class Places:
         # A recurrent state has no prefixes; with an encoder, what is held depends on more than the tokens.
         self._shared = not (info.recurrent or info.has_encoder) and info.n_pos_per_embd == 1
         self._worth = max(1, info.n_ctx_seq // _WORTH)
-        self._lines: dict[int, Line] = {}
+        self._lines: dict[int, CachedSequence] = {}
 
     def clear(self) -> None:
         """Trust nothing that is in memory."""
         self._lines.clear()
 
-    def place(self, line: Line) -> bool:
+    def place(self, line: CachedSequence) -> bool:
         """Give a prompt its place, with what the memory holds of it already.
 
         Returns:
@@ -82,7 +82,7 @@ class Places:
             self._cell.copy(donor, line.seq_id)
         return self._take(line, keep)
 
-    def _take(self, line: Line, keep: int) -> bool:
+    def _take(self, line: CachedSequence, keep: int) -> bool:
         if not C.llama_memory_seq_rm(self._cell.memory, line.seq_id, keep, -1):
             C.llama_memory_seq_rm(self._cell.memory, line.seq_id, -1, -1)
             keep = 0
@@ -90,7 +90,7 @@ class Places:
         self._lines[line.seq_id] = line
         return True
 
-    def _held(self, line: Line) -> tuple[int, int]:
+    def _held(self, line: CachedSequence) -> tuple[int, int]:
         """How many tokens of a prompt the memory holds, and in which place: its own one, if in doubt."""
         common = {
             seq_id: _common(other, other.position, line)
@@ -104,9 +104,9 @@ class Places:
             return common[donor], donor
         return own, line.seq_id
 
-    def _coming(self, line: Line) -> tuple[Line | None, int]:
+    def _coming(self, line: CachedSequence) -> tuple[CachedSequence | None, int]:
         """The prompt being read that has most in common with this one, and how much that is."""
-        best: Line | None = None
+        best: CachedSequence | None = None
         most = 0
         for other in self._lines.values():
             if not other.ended and other.pending > 1 and (n := _common(other, other.n_tokens, line)) > most:
@@ -114,7 +114,7 @@ class Places:
         return best, most
 
 
-def _common(held: Line, n_held: int, line: Line) -> int:
+def _common(held: CachedSequence, n_held: int, line: CachedSequence) -> int:
     """Tokens that both begin with. At least one of the new one is left to be decoded, for its logits."""
     n = min(n_held, line.n_tokens - 1)
     if n < 1:

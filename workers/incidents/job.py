@@ -27,7 +27,7 @@ class _Crash:
 
 
 @dataclass
-class Case:
+class JobRecord:
     """One job: the rungs it tried, the crashes it met, and how it ended.
 
     Attributes:

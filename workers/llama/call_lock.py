@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Turn:
+class CallLock:
     """Whose call a cell is at. A thread waits for the calls of others, but never for one of its own.
 
     A stream keeps the turn while it is suspended. Another call of its thread takes it over; the stream is
