@@ -1,1 +1,1 @@
-"""Questions asked afterwards: triage."""
+"""Questions asked of a machine, a build, a program or a report."""

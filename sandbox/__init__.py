@@ -1,1 +1,1 @@
-"""Isolation and evidence: supervised cells. Knows no llama.cpp."""
+"""Isolation and evidence: supervised processes. Knows no llama.cpp but the words it dies with."""

@@ -1,1 +1,1 @@
-"""Inference: batches, the native and safe rungs, the ladder, and `Decoder`."""
+"""Inference: from a batch or a prompt to its result, through any crash."""

@@ -1,7 +1,8 @@
-"""The examples in the documents run as they stand, and the file table is complete."""
+"""The examples in the documents run as they stand, and every folder has its line."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import PACKAGE, ROOT, modules
 
+ARCHITECTURE = ROOT / "docs/architecture.md"
+FOLDERS = re.compile(r"^\| Folder .*?(?=^\n)", re.DOTALL | re.MULTILINE)
 RUN = {"python": [sys.executable, "-c"], "sh": ["sh", "-ec"]}
 EXAMPLES = [
     pytest.param(language, code, id=f"{path.name}-{number}")
@@ -40,11 +43,22 @@ def test_example(language: str, code: str, tmp_path: Path) -> None:
     assert done.stdout
 
 
-def test_the_file_table_is_complete() -> None:
-    table = (ROOT / "docs/architecture.md").read_text()
-    listed = set(re.findall(r"^\| .*", table, re.MULTILINE))
-    named = set(re.findall(r"`([\w/]+\.py)`", "\n".join(listed)))
-    rooms = [ROOT / room for room in ("reports", "sandbox", "workers", "diagnostics", "src/crumplezone")]
-    files = {str(file.relative_to(ROOT)) for room in rooms for file in room.glob("*.py")}
-    files -= {str(file.relative_to(ROOT)) for room in rooms[:-1] for file in room.glob("__init__.py")}
-    assert named == files
+def test_every_folder_has_its_line() -> None:
+    """It stands in the package's docstring; `python -m tests.architecture.test_docs` copies it."""
+    assert FOLDERS.search(ARCHITECTURE.read_text("utf-8"))
+    assert folder_table() in ARCHITECTURE.read_text("utf-8")
+
+
+def folder_table() -> str:
+    rows = ["| Folder | What it holds |", "|---|---|"]
+    for name, path in modules():
+        if path.name == "__init__.py" and path.parent != PACKAGE:
+            line = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
+            assert line.endswith("."), path
+            folder = name.removesuffix(".__init__").replace(".", "/")
+            rows.append(f"| `{folder}/` | {line} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    ARCHITECTURE.write_text(FOLDERS.sub(lambda _: folder_table(), ARCHITECTURE.read_text("utf-8")), "utf-8")
