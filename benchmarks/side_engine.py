@@ -60,8 +60,8 @@ class InProcessEngine:
             # The lowest first, as `Generation` does: llama.cpp computes only neighbours together.
             joins = [Join(heapq.heappop(free), len(tokens), Sampling(max_tokens)) for tokens in joining]
             request = Generate(joins, STEPS, N_BATCH, reset=first)
-            arrays = self._arena.arrays(request.shapes())
-            for room, tokens in zip(arrays[-len(joins) :] if joins else (), joining, strict=True):
+            _, rooms = request.arrays(self._arena)
+            for room, tokens in zip(rooms, joining, strict=True):
                 room[:] = tokens
             generated: Any = self._cell.handle(request)
             if generated.rc:

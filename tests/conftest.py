@@ -16,8 +16,8 @@ import crumplezone
 from crumplezone import Decoder
 from crumplezone.reports.records.report import Report
 from crumplezone.reports.store.store import Store
-from crumplezone.workers.cells.decode_client import DecodeClient
-from tests.support.decoders import Dose, Job, Open, Record, read_all
+from crumplezone.workers.cells.targets import TARGETS
+from tests.support.decoders import Dose, Job, Open, Plant, Record, read_all
 from tests.support.models.tiny_gguf import write_tiny_llama
 from tests.support.native import decode_poison as poison
 from tests.support.native.decode_poison import Poison
@@ -75,11 +75,17 @@ def make(store: Store) -> Iterator[Open]:
 
 
 @pytest.fixture
-def dose(monkeypatch: pytest.MonkeyPatch) -> Dose:
+def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """Have the cells of a kind, of clients that are made from now on, run something else."""
+    return lambda kind, target: monkeypatch.setitem(TARGETS, kind, target)
+
+
+@pytest.fixture
+def dose(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Dose:
     """Make every llama.cpp cell that starts from now on a poisoned one."""
 
     def give(dosed: Poison, target: str = poison.TARGET) -> None:
-        monkeypatch.setattr(DecodeClient.__init__, "__defaults__", (target,))
+        plant("decode", target)
         monkeypatch.setenv(poison.VARIABLE, msgspec.json.encode(dosed).decode())
 
     return give

@@ -133,7 +133,7 @@ class Decoder:
         self._pools: list[Pool] = []  # the last one takes jobs, those before it finish theirs
         weakref.finalize(self, _abandon, self._pools, self._owner)
         self._embedder: Embedder | None = None
-        self._native.foresee()
+        self._native.probe()
 
     @property
     def info(self) -> CellInfo:
@@ -382,7 +382,7 @@ class Decoder:
             pool.close()
         if self._embedder:
             self._embedder.close()
-        self._native.shut()
+        self._native.close()
         self._reporter.close()
         self._cells.close()  # last: it reaps those that are being examined
 

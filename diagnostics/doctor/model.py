@@ -15,7 +15,7 @@ from crumplezone.reports.formats import text
 from crumplezone.reports.records.report import Evidence, Report
 from crumplezone.sandbox.autopsy import observe
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
-from crumplezone.workers.cells.decode_client import TARGET
+from crumplezone.workers.cells.targets import TARGETS
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.model.file import embedded_model
 from crumplezone.workers.model.settings import configure
@@ -59,7 +59,7 @@ def examine(model: Path | None) -> list[Check]:
         return [Check("model", State.LACK, found, costs, remedy), _no_build("the model was not tried")]
     began = time.monotonic()
     try:
-        with contextlib.closing(Cell(CellSpec(TARGET, config, _DEADLINE))) as cell:
+        with contextlib.closing(Cell(CellSpec(TARGETS["decode"], config, _DEADLINE))) as cell:
             info = cell.info(CellInfo)
             cell.call(Warm(), Warmed, _DEADLINE)
             peak = observe.memory(cell.pid).get("VmHWM", 0)

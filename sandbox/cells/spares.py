@@ -68,9 +68,9 @@ class SparePool:
         """What all cells from now on run; the spares are replaced."""
         self._keeper.renew(spec)
 
-    def stocked(self, timeout: float) -> bool:
+    def wait_for_all(self, timeout: float) -> bool:
         """Wait until every spare is there; False if that takes longer (seconds), or none is made any more."""
-        return self._keeper.stocked(timeout)
+        return self._keeper.wait_for_all(timeout)
 
     def close(self) -> None:
         """End the spares, even one that starts. Cells that were taken live on. Idempotent."""
@@ -134,7 +134,7 @@ class _SpareKeeper:
         self._failures = 0
         self._ring()
 
-    def stocked(self, timeout: float) -> bool:
+    def wait_for_all(self, timeout: float) -> bool:
         with self._lock:
             self._change.wait_for(lambda: self._full() or self._failures >= _FAILURES_MAX, timeout)
             return self._full()

@@ -19,9 +19,11 @@ import numpy.typing as npt
 from crumplezone import Batch, Completion, Decoder, Result
 from crumplezone.reports.records.report import BatchRecord, Evidence, Exit, Fault, ModelRecord, Report
 from crumplezone.reports.store.store import Store
+from crumplezone.workers.cells.targets import Kind
 
 Open = Callable[..., Decoder]
 Dose = Callable[..., None]
+Plant = Callable[[Kind, str], None]
 Job = Callable[[Decoder], object]
 Record = Callable[..., list[Report]]
 

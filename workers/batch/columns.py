@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.errors import InputError
+from crumplezone.workers.protocol.arrays import BatchArrays
 
 LLAMA_MAX_SEQ = 256  # src/llama-cparams.h
 UNSET = np.iinfo(np.int32).min  # a position that is to be inferred
@@ -76,6 +77,13 @@ class Columns:
             seq_ids=np.concatenate([part.seq_ids for part in parts]),
             outputs=np.concatenate([part.outputs for part in parts]),
         )
+
+    def fill(self, arrays: BatchArrays) -> None:
+        """Copy it into the arena; a column that is missing is zeros there. ``pointers`` are the cell's."""
+        first = self.tokens if self.embd is None else self.embd.ravel()
+        filled = (first, self.positions, self.seq_ids, self.outputs, self.n_seq_id)
+        for room, column in zip(arrays, filled, strict=False):
+            room[:] = 0 if column is None else column
 
     @cached_property
     def single(self) -> bool:

@@ -11,17 +11,17 @@ import numpy.typing as npt
 
 from crumplezone.errors import CellRefused, ContextError, InputError
 from crumplezone.reports.records.report import BatchRecord, Exit, Generating
-from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.workers.batch.call import DecodeOptions, RefusedError, Rows
+from crumplezone.workers.batch.call import DecodeOptions, Rows
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.ubatches import split_simple
+from crumplezone.workers.cells.client import CellClient
 from crumplezone.workers.cells.progress import ProgressChecker
 from crumplezone.workers.cells.source import CellSource
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.model.limits import Limits
-from crumplezone.workers.protocol.arrays import batch_shapes
+from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
 from crumplezone.workers.protocol.messages import (
     Adapt,
@@ -33,29 +33,23 @@ from crumplezone.workers.protocol.messages import (
     Generate,
     Generated,
     Join,
-    Load,
     MemoryOperation,
     Remembered,
     Resize,
-    Save,
-    Saved,
     Span,
     Tokenize,
     Tokenized,
     row_shapes,
 )
 
-TARGET = "crumplezone.workers.native.decode_cell:DecodeCell"
 
-
-class DecodeClient:
+class DecodeClient(CellClient[CellInfo]):
     """A llama.cpp cell, replaced when it has died.
 
     Args:
         config: Model and context.
         limits: Of every call and every cell.
         reporter: Where a crash of the loader is reported; None to raise it as it is.
-        target: What the cell runs.
         zygote: What forks the cells; None: they are spawned.
         spares: Warm cells in reserve.
     """
@@ -65,77 +59,20 @@ class DecodeClient:
         config: CellConfig,
         limits: Limits,
         reporter: Reporter | None,
-        target: str = TARGET,
         *,
         zygote: Zygote | None = None,
         spares: int = 0,
     ) -> None:
-        self.config, self._limits = config, limits
-        self._source = CellSource(target, config, limits, reporter, zygote, spares)
-        self._cell: Cell | None = None
-        self._info: CellInfo | None = None
+        self.config = config
+        super().__init__(
+            CellSource("decode", config, limits, reporter, zygote, spares), CellInfo, limits.deadline
+        )
         self._flight = ProgressChecker(0)
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the running cell, if there is one."""
-        return self._source.pid
-
-    @property
-    def info(self) -> CellInfo:
-        """Facts of the model; starts the cell if it never ran."""
-        if self._info is None:
-            self.start()
-        assert self._info is not None
-        return self._info
-
-    @property
-    def known(self) -> CellInfo | None:
-        """Facts of the model, if a cell ever ran."""
-        return self._info
 
     @property
     def n_batch(self) -> int:
         """Most tokens per native call: llama.cpp clamps n_batch to n_ctx."""
         return min(self.config.n_batch, self.config.n_ctx)
-
-    @property
-    def cell(self) -> Cell | None:
-        """The cell of the latest call, dead or alive."""
-        return self._cell
-
-    def foresee(self) -> None:
-        """Know the model, from the zygote if it has this configuration, else by starting a cell.
-
-        Raises:
-            ModelError, CrumplezoneError, CellDied, UsageError: As `start`.
-        """
-        self._info = self._source.foresee(CellInfo)
-
-    @property
-    def spare_pids(self) -> list[int]:
-        """Process ids of the spares."""
-        return self._source.spare_pids
-
-    def start(self) -> Cell:
-        """The running cell; a new one if there is none, or if it died since the latest call.
-
-        Raises:
-            ModelError: The model or the context could not be made.
-            CrumplezoneError: The machine has no process or descriptor for it.
-            CellDied: The loader crashed, and there is no reporter.
-            UsageError: It was shut.
-        """
-        return self._use(self._source.start())
-
-    def _running(self) -> Cell:
-        """As `start`, but in the middle of a job: a cell that died since its latest call is not replaced."""
-        return self._use(self._source.running())
-
-    def _use(self, cell: Cell) -> Cell:
-        if cell is not self._cell:
-            self._cell, self._info = cell, cell.info(CellInfo)
-        return cell
 
     def send(self, columns: Columns, ask: DecodeOptions, chunk: int = 0, *, fresh: bool = True) -> Rows:
         """Decode (or encode) a batch as it stands, be it valid or not.
@@ -159,7 +96,7 @@ class DecodeClient:
 
     def _send(self, columns: Columns, ask: DecodeOptions, *, fresh: bool) -> Rows:
         """One native call."""
-        cell, info = self._running(), self.info
+        cell, info = self.running(), self.info
         n_outputs = int(np.count_nonzero(columns.outputs))
         request = Decode(
             n_tokens=len(columns),
@@ -174,22 +111,19 @@ class DecodeClient:
             process=ask.process,
         )
         shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
-        arena = cell.arena.arrays([*shapes, *row_shapes(request, info)])
-        first = columns.tokens if columns.embd is None else columns.embd.ravel()
-        filled = (first, columns.positions, columns.seq_ids, columns.outputs, columns.n_seq_id)
-        for room, column in zip(arena, filled, strict=False):
-            room[:] = 0 if column is None else column
-        decoded = cell.call(request, Decoded, self._limits.deadline)
-        self._check(decoded.rc, decoded.spans)
+        *batch, logits, embeddings = cell.arena.arrays([*shapes, *row_shapes(request, info)])
+        columns.fill(BatchArrays(*batch))
+        decoded = self._call(request, Decoded)
+        spans = self._checked(decoded.spans)
+        self._check(decoded.rc, spans)
         rows = Rows(
-            arena[6].reshape(n_outputs, info.n_vocab).copy() if ask.logits else None,
-            arena[7].reshape(n_outputs, info.n_embd).copy() if ask.embeddings else None,
-            self._checked(decoded.spans),
+            logits.reshape(n_outputs, info.n_vocab).copy() if ask.logits else None,
+            embeddings.reshape(n_outputs, info.n_embd).copy() if ask.embeddings else None,
+            spans,
         )
         for name, each in (("logits", rows.logits), ("embeddings", rows.embeddings)):
-            if each is not None and not (finite := np.isfinite(each).all(axis=1)).all():
-                row = int(finite.argmin())
-                raise cell.condemn(Exit.NON_FINITE, f"NaN or infinity in the {name} of output {row}")
+            if each is not None:
+                self._finite(each, f"{name} of output")
         return rows
 
     def operate(self, request: MemoryOperation) -> Remembered:
@@ -198,36 +132,7 @@ class DecodeClient:
         Raises:
             CellDied: The cell was lost.
         """
-        remembered = self._running().call(request, Remembered, self._limits.deadline)
-        self._checked(remembered.spans)
-        return remembered
-
-    def save(self, seq_id: int) -> bytes:
-        """The state of a sequence.
-
-        Raises:
-            CellDied: The cell was lost.
-        """
-        cell = self._running()
-        size = cell.call(Save(seq_id), Saved, self._limits.deadline).size
-        if size > cell.arena.room:
-            cell.arena.reserve([("u1", size)])
-            size = cell.call(Save(seq_id), Saved, self._limits.deadline).size
-        if size > cell.arena.room:
-            raise cell.condemn(Exit.PROTOCOL, f"the cell says that a state has {size} bytes")
-        (state,) = cell.arena.arrays([("u1", size)])
-        return state.tobytes()
-
-    def load(self, seq_id: int, state: bytes) -> Remembered:
-        """Replace a sequence by a saved state.
-
-        Raises:
-            CellDied: The cell was lost.
-        """
-        cell = self._running()
-        (room,) = cell.arena.arrays([("u1", len(state))])
-        room[:] = np.frombuffer(state, np.uint8)
-        remembered = cell.call(Load(seq_id, len(state)), Remembered, self._limits.deadline)
+        remembered = self._call(request, Remembered)
         self._checked(remembered.spans)
         return remembered
 
@@ -238,11 +143,10 @@ class DecodeClient:
             ContextError: The context could not be made. The cell is gone.
             CellDied: The cell was lost.
         """
-        cell = self._running()
         try:
-            self._info = cell.call(Resize(n_ctx, n_seq_max), CellInfo, self._limits.deadline)
+            self._info = self._call(Resize(n_ctx, n_seq_max), CellInfo)
         except CellRefused as refused:
-            self.close()
+            self.discard_cell()
             raise ContextError(self.config.model, f"no such context can be made: {refused}") from refused
         self.config = msgspec.structs.replace(self.config, n_ctx=n_ctx, n_seq_max=n_seq_max)
         self._source.renew(self.config)
@@ -254,13 +158,12 @@ class DecodeClient:
             InputError: One of them is none of this model.
             CellDied: The cell was lost.
         """
-        cell = self._running()
-        (room,) = cell.arena.arrays([("f4", len(adapters.vector))])
+        (room,) = self.running().arena.arrays([("f4", len(adapters.vector))])
         room[:] = adapters.vector
         paths, scales = [path for path, _ in adapters.lora], [scale for _, scale in adapters.lora]
         request = Adapt(paths, scales, len(adapters.vector), *adapters.layers)
         try:
-            cell.call(request, Adapted, self._limits.deadline)
+            self._call(request, Adapted)
         except CellRefused as refused:
             raise InputError("adapters", paths or "control vector", str(refused)) from refused
 
@@ -275,9 +178,9 @@ class DecodeClient:
         cell.arena.reserve([("i4", len(raw) + 16)])  # the tokens come back in the text's place
         (room,) = cell.arena.arrays([("u1", len(raw))])
         room[:] = np.frombuffer(raw, np.uint8)
-        n_tokens = cell.call(Tokenize(len(raw)), Tokenized, self._limits.deadline).n_tokens
+        n_tokens = self._call(Tokenize(len(raw)), Tokenized).n_tokens
         if not 0 <= n_tokens <= len(raw) + 16:
-            raise cell.condemn(Exit.PROTOCOL, f"the cell made {n_tokens} tokens of {len(raw)} bytes")
+            raise self._lie(f"made {n_tokens} tokens of {len(raw)} bytes")
         (tokens,) = cell.arena.arrays([("i4", n_tokens)])
         return tokens.copy()
 
@@ -287,7 +190,7 @@ class DecodeClient:
         Raises:
             CellDied: The cell was lost.
         """
-        reply = self._running().call(Detokenize(list(tokens)), Detokenized, self._limits.deadline)
+        reply = self._call(Detokenize(list(tokens)), Detokenized)
         return [text.decode("utf-8", "replace") for text in reply.texts]
 
     def generate(
@@ -315,7 +218,7 @@ class DecodeClient:
             RefusedError: The return code was not 0.
             CellDied: The cell was lost.
         """
-        cell = self._running()
+        cell = self.running()
         if reset:
             self._flight = ProgressChecker(self.info.n_vocab)
         for seq_id in leaves:
@@ -323,19 +226,19 @@ class DecodeClient:
         for join, _ in joins:
             self._flight.join(join)
         request = Generate([join for join, _ in joins], steps, chunk, list(leaves), reset)
-        arrays = cell.arena.arrays(request.shapes())
-        arrays[4][:] = 0  # `n_seq_id`: no native call was made yet: see `last_batch`
-        for room, (_, tokens) in zip(arrays[6:], joins, strict=True):
+        batch, rooms = request.arrays(cell.arena)
+        batch.n_seq_id[:] = 0  # no native call was made yet: see `last_batch`
+        for room, (_, tokens) in zip(rooms, joins, strict=True):
             room[:] = tokens
         try:
-            generated = cell.call(request, Generated, self._limits.deadline)
+            generated = self._call(request, Generated)
         except CellRefused as refused:
             if refused.kind == "NonFiniteError":
-                raise cell.condemn(Exit.NON_FINITE, str(refused)) from refused
+                raise self._condemn(Exit.NON_FINITE, str(refused)) from refused
             raise
         self._check(generated.rc)
         if problem := self._flight.land(generated, chunk):
-            raise cell.condemn(Exit.PROTOCOL, f"the cell {problem}")
+            raise self._lie(problem)
         return generated
 
     def last_batch(self, chunk: int, joins: Sequence[tuple[Join, npt.NDArray[np.int32]]]) -> BatchRecord:
@@ -346,13 +249,13 @@ class DecodeClient:
             joins: Every sequence in flight, as it would continue from its last delivered token.
         """
         assert self._cell is not None
-        tokens, positions, seq_ids, outputs, sent, _ = self._cell.arena.arrays(batch_shapes(chunk))
-        n = int(np.count_nonzero(sent == 1))
+        batch = BatchArrays(*self._cell.arena.arrays(batch_shapes(chunk)))
+        n = int(np.count_nonzero(batch.n_seq_id == 1))
         return BatchRecord(
-            tokens=tokens[:n].tolist(),
-            positions=positions[:n].tolist(),
-            seq_ids=seq_ids[:n].tolist(),
-            outputs=[bool(output) for output in outputs[:n]],
+            tokens=batch.tokens[:n].tolist(),
+            positions=batch.positions[:n].tolist(),
+            seq_ids=batch.seq_ids[:n].tolist(),
+            outputs=[bool(output) for output in batch.outputs[:n]],
             operation="generate",
             chunk=chunk,
             generating=[
@@ -361,28 +264,9 @@ class DecodeClient:
             ],
         )
 
-    def stocked(self, timeout: float) -> bool:
-        """Wait until every spare is there; False if that takes longer (seconds), or none is made any more."""
-        return self._source.stocked(timeout)
-
-    def shut(self) -> None:
-        """End the cell and its spares for good."""
-        self._source.shut()
-
-    def close(self) -> None:
-        """End the cell; the next call starts a new one."""
-        self._source.close()
-
-    def _check(self, rc: int, spans: Sequence[Span] = ()) -> None:
-        if rc:
-            if rc < -1:  # -2 and -3 leave a context that is not to be trusted
-                self.close()
-            raise RefusedError(rc, self._checked(spans))
-
     def _checked(self, spans: Sequence[Span]) -> Sequence[Span]:
         """What a cell says of its memory, if it can be true."""
         n_seq_max = self.config.n_seq_max
         if any(span.seq_id >= n_seq_max or span.begin > span.last for span in spans):
-            assert self._cell is not None
-            raise self._cell.condemn(Exit.PROTOCOL, "the cell told of sequences that there cannot be")
+            raise self._lie("told of sequences that there cannot be")
         return spans

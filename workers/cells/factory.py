@@ -11,12 +11,12 @@ from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.cells.decode_client import DecodeClient
+from crumplezone.workers.cells.targets import SEEDS
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import CellConfig
 
 Start = Literal["auto", "zygote", "spawn"]
-_SEED = "crumplezone.workers.native.model:preload"
 _SPARES_MAX = 64
 
 
@@ -54,7 +54,7 @@ class Cells:
             check_integer("spares", spares, 0, _SPARES_MAX)
         zygote = None
         if start == "zygote" or (start == "auto" and not config.n_gpu_layers and sys.platform == "linux"):
-            spec = CellSpec(_SEED, config, memory_limit=limits.memory)
+            spec = CellSpec(SEEDS["context"], config, memory_limit=limits.memory)
 
             def report(incident: Incident) -> None:
                 reporter.file_lone(incident, "zygote", "it was started again", config, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.spares import SparePool
 from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.workers.cells.targets import TARGETS, Kind
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.file import check_file
 from crumplezone.workers.model.limits import Limits
@@ -29,26 +30,32 @@ class CellSource:
     """A cell that is started when it is needed, and replaced when it has died. Use it from one thread.
 
     Args:
-        target: What the cell runs. With spares, it answers `Warm`.
-        config: Given to the target; its ``model`` is the path of the model.
+        kind: What the cell runs, see `TARGETS`. With spares, it answers `Warm`.
+        config: Given to it; its ``model`` is the path of the model.
         limits: Of every cell.
         reporter: Where the deaths are reported that no call meets; None to raise those that a start meets.
         zygote: What forks the cells; None: they are spawned.
         spares: Warm cells in reserve.
+        owner: What its user calls the thing that it belongs to.
+        refusals: What to raise where the start of a cell raised an exception of such a name.
     """
 
     def __init__(
         self,
-        target: str,
+        kind: Kind,
         config: Any,
         limits: Limits,
         reporter: Reporter | None,
         zygote: Zygote | None = None,
         spares: int = 0,
+        *,
+        owner: str = "decoder",
+        refusals: Mapping[str, type[Exception]] | None = None,
     ) -> None:
         self.config = config
-        self._target, self._limits, self._reporter, self._zygote = target, limits, reporter, zygote
-        self._supply = SparePool(
+        self._target, self._limits, self._reporter, self._zygote = TARGETS[kind], limits, reporter, zygote
+        self._owner, self._refusals = owner, refusals or {}
+        self._spares = SparePool(
             self._spec(),
             zygote,
             spares,
@@ -56,7 +63,7 @@ class CellSource:
             functools.partial(report_idle, reporter, config),
         )
         self._cell: Cell | None = None
-        self._shut = False
+        self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -66,9 +73,9 @@ class CellSource:
     @property
     def spare_pids(self) -> list[int]:
         """Process ids of the spares."""
-        return self._supply.pids
+        return self._spares.pids
 
-    def foresee(self, kind: type[_T]) -> _T:
+    def probe(self, kind: type[_T]) -> _T:
         """What a cell says of itself. A zygote that has its configuration knows as well.
 
         Raises:
@@ -87,7 +94,7 @@ class CellSource:
             ModelError: The model or the context could not be made.
             CrumplezoneError: The machine has no process or descriptor for it.
             CellDied: The loader crashed, and there is no reporter.
-            UsageError: It was shut.
+            UsageError: It was closed.
         """
         if self._cell and (died := self._cell.died_idle()):
             report_idle(self._reporter, self.config, died.incident)
@@ -99,8 +106,8 @@ class CellSource:
         Raises:
             ModelError, CrumplezoneError, CellDied, UsageError: As `start`.
         """
-        if self._shut:
-            raise UsageError("this decoder is closed: make a new one")
+        if self._closed:
+            raise UsageError(f"this {self._owner} is closed: make a new one")
         if self._cell is None or not self._cell.alive:
             self._cell = self._taken()
         return self._cell
@@ -108,29 +115,29 @@ class CellSource:
     def renew(self, config: Any) -> None:
         """Cells from now on have this configuration."""
         self.config = config
-        self._supply.renew(self._spec())
+        self._spares.renew(self._spec())
 
-    def stocked(self, timeout: float) -> bool:
+    def wait_for_spares(self, timeout: float) -> bool:
         """Wait until every spare is there; False if that takes longer (seconds), or none is made any more."""
-        return self._supply.stocked(timeout)
+        return self._spares.wait_for_all(timeout)
 
-    def close(self) -> None:
-        """End the running cell; the next start has another."""
+    def discard_cell(self) -> None:
+        """End the running cell, if there is one; the next start has another."""
         if self._cell is not None:
             self._cell.close()
 
-    def shut(self) -> None:
+    def close(self) -> None:
         """End every cell, for good."""
-        self._shut = True
-        self._supply.close()
-        self.close()
+        self._closed = True
+        self._spares.close()
+        self.discard_cell()
 
     def _spec(self) -> CellSpec:
         return CellSpec(self._target, self.config, memory_limit=self._limits.memory)
 
     def _taken(self) -> Cell:
         with self._translated():
-            return self._supply.take()
+            return self._spares.take()
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -145,6 +152,8 @@ class CellSource:
                 raise ModelError(path, f"llama.cpp cannot load it: {error}") from error
             if error.kind == "ContextError":
                 raise ContextError(path, f"no such context can be made: {error}") from error
+            if error.kind in self._refusals:
+                raise self._refusals[error.kind](str(error)) from error
             raise CrumplezoneError(f"the cell did not start: {error.kind}: {error}") from error
         except (OSError, RuntimeError) as error:  # RuntimeError: threading has no thread left
             remedy = "free memory, processes or file descriptors"

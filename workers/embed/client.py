@@ -9,15 +9,15 @@ import msgspec
 import numpy as np
 
 from crumplezone.errors import CellRefused, ContextError, InputError
-from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.columns import Columns, Float32, Int32
+from crumplezone.workers.cells.client import CellClient
 from crumplezone.workers.cells.source import CellSource
 from crumplezone.workers.embed.packing import Pooling, shaped
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
+from crumplezone.workers.protocol.arrays import BatchArrays
 from crumplezone.workers.protocol.config import CellConfig
 from crumplezone.workers.protocol.embed import (
     TOKENS_OVER,
@@ -32,10 +32,8 @@ from crumplezone.workers.protocol.embed import (
     vector_shapes,
 )
 
-TARGET = "crumplezone.workers.native.embed_cell:EmbedCell"
 
-
-class EmbedClient:
+class EmbedClient(CellClient[EmbedInfo]):
     """An embedding cell, replaced when it has died. Every call starts from empty memory.
 
     Args:
@@ -59,35 +57,11 @@ class EmbedClient:
         zygote: Zygote | None = None,
         spares: int = 0,
     ) -> None:
-        self._limits, self.given = limits, config
+        self.given = config
         self._base = self.config = shaped(config, 1, cached=True)
-        self._source = CellSource(TARGET, self._base, limits, reporter, zygote, spares)
-        self._cell: Cell | None = None
-        self._info: EmbedInfo | None = None
+        source = CellSource("embed", self._base, limits, reporter, zygote, spares)
+        super().__init__(source, EmbedInfo, limits.deadline)
         self._own: Pooling | Literal["rank"] = "mean"
-
-    @property
-    def known(self) -> EmbedInfo | None:
-        """Facts of the model, if a cell ever ran."""
-        return self._info
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the running cell, if there is one."""
-        return self._source.pid
-
-    @property
-    def spare_pids(self) -> list[int]:
-        """Process ids of the spares."""
-        return self._source.spare_pids
-
-    @property
-    def info(self) -> EmbedInfo:
-        """Facts of the model; starts the cell if it never ran."""
-        if self._info is None:
-            self.start()
-        assert self._info is not None
-        return self._info
 
     @property
     def longest(self) -> int:
@@ -104,16 +78,16 @@ class EmbedClient:
             ModelError, CrumplezoneError, CellDied, UsageError: As `CellSource.start`.
             InputError: This kind of model has no pooled embeddings.
         """
-        cell = self._source.start()
-        if cell is not self._cell:
-            self._cell, self._info, self.config = cell, cell.info(EmbedInfo), self._base
-            self._own = self._info.pooling
-            if self._own != "rank":
-                self.config = msgspec.structs.replace(self._base, pooling=self._own)
+        cell = super().start()
         if self.info.has_encoder:
             limit = "has an encoder apart (T5), which is not pooled: Decoder.encode gives a row per token"
             raise InputError("model", self.config.model, limit)
         return cell
+
+    def _began(self) -> None:
+        self._own, self.config = self.info.pooling, self._base
+        if self._own != "rank":
+            self.config = msgspec.structs.replace(self._base, pooling=self._own)
 
     def pooling(self, asked: str | None) -> Pooling:
         """The pooling that was asked for, or the model's own.
@@ -139,13 +113,13 @@ class EmbedClient:
         sizes, counts, raw, tokens = cell.arena.arrays(text_shapes(len(texts), n_bytes))
         sizes[:] = [len(text) for text in texts]
         raw[:] = np.frombuffer(b"".join(texts), np.uint8)
-        cell.call(TokenizeTexts(len(texts), n_bytes), TextsTokenized, self._limits.deadline)
+        self._call(TokenizeTexts(len(texts), n_bytes), TextsTokenized)
         counts = counts.copy()  # whatever the cell still writes
         if (counts < 0).any() or (counts > [len(text) + TOKENS_OVER for text in texts]).any():
-            raise cell.condemn(Exit.PROTOCOL, "the cell made more tokens of a text than it can have")
+            raise self._lie("made more tokens of a text than it can have")
         found = tokens[: counts.sum()].copy()
         if len(found) and not 0 <= found.min() <= found.max() < self.info.n_vocab:
-            raise cell.condemn(Exit.PROTOCOL, "the cell made tokens that are not in the vocabulary")
+            raise self._lie("made tokens that are not in the vocabulary")
         return np.split(found, np.cumsum(counts)[:-1])
 
     def embed(self, config: EmbedConfig, columns: Columns, vectors: Float32, rows: Sequence[int]) -> None:
@@ -165,24 +139,10 @@ class EmbedClient:
         cell = self._reshaped(config)
         request = Embed(len(columns), len(rows))
         *batch, found = cell.arena.arrays(vector_shapes(len(columns), len(rows), self.info.n_embd))
-        filled = (columns.tokens, columns.positions, columns.seq_ids, columns.outputs, columns.n_seq_id)
-        for room, column in zip(batch, filled, strict=False):
-            room[:] = column
-        rc = cell.call(request, Embedded, self._limits.deadline).rc
-        if rc:
-            if rc < -1:  # -2 and -3 leave a context that is not to be trusted
-                self._source.close()
-            raise RefusedError(rc)
+        columns.fill(BatchArrays(*batch))
+        self._check(self._call(request, Embedded).rc)
         vectors[rows] = found.reshape(len(rows), -1)
-        finite = np.isfinite(vectors[rows]).all(axis=1)
-        if not finite.all():
-            raise cell.condemn(
-                Exit.NON_FINITE, f"NaN or infinity in the vector of sequence {finite.argmin()}"
-            )
-
-    def close(self) -> None:
-        """End the cell for good."""
-        self._source.shut()
+        self._finite(vectors[rows], "vector of sequence")
 
     def _reshaped(self, config: EmbedConfig) -> Cell:
         """The running cell, with this context."""
@@ -190,8 +150,8 @@ class EmbedClient:
         if self.config != config:
             self.config = config
             try:
-                self._info = cell.call(Reshape(config), EmbedInfo, self._limits.deadline)
+                self._info = self._call(Reshape(config), EmbedInfo)
             except CellRefused as refused:
-                self._source.close()  # it has no context at all
+                self.discard_cell()  # it has no context at all
                 raise ContextError(config.model, f"no such context can be made: {refused}") from refused
         return cell

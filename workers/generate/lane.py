@@ -60,7 +60,7 @@ class Lane:
             if generation.busy:
                 self._advance()
         generation.give_up(UsageError(_CLOSED))
-        self.runner.shut()
+        self.runner.close()
 
     def _begin(self, job: Job) -> None:
         try:

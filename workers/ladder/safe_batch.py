@@ -82,7 +82,7 @@ class SafeBatchProcessor:
 
     def close(self) -> None:
         """End the cell and finish the reports."""
-        self._descent.runner.shut()
+        self._descent.runner.close()
         self._reporter.close()
 
     def __enter__(self) -> Self:

@@ -336,7 +336,7 @@ class MemorySession:
             self.pos_min[span.seq_id], self.pos_max[span.seq_id] = span.begin, span.last
 
     def _drop(self) -> None:
-        self.runner.close()
+        self.runner.discard_cell()
         self._cell = None
 
     def _forget(self) -> None:

@@ -6,20 +6,19 @@ Facts are those of llama.cpp 0c1e57098 (llama-cpp-python 0.3.36), include/llama.
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import msgspec
-import numpy as np
 import numpy.typing as npt
 
 from crumplezone.sandbox.child.loop import Room
 from crumplezone.workers.native import memory as native_memory
+from crumplezone.workers.native.batch import BatchPacker, address, batch_arrays
 from crumplezone.workers.native.engine.engine import Engine
 from crumplezone.workers.native.model import describe, make_context, model_of
-from crumplezone.workers.protocol.arrays import batch_shapes
+from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
 from crumplezone.workers.protocol.messages import (
     Adapt,
@@ -44,14 +43,7 @@ from crumplezone.workers.protocol.messages import (
     row_shapes,
 )
 
-_BATCH = struct.Struct("@i6P")  # struct llama_batch: n_tokens, token, embd, pos, n_seq_id, seq_id, logits
-_BUFFER = ctypes.c_char * 0
 _NOT_ADDED = {-1: "the batch is full", -2: "no such token", -3: "no such sequence"}
-
-
-def _address(array: npt.NDArray[Any]) -> int:
-    """Where a writable array begins; ``array.ctypes.data`` takes three times as long."""
-    return ctypes.addressof(_BUFFER.from_buffer(array.data))
 
 
 class DecodeCell:
@@ -82,7 +74,7 @@ class DecodeCell:
         self._adapters = native_memory.NativeAdapters(self.model)
         self._unsettled = False  # copies and shifts that llama.cpp has noted down, but not done
         self._embeddings = False  # whether llama.cpp is to compute them
-        self._pointed = (0, b""), np.empty(0, np.int64)  # the pointers of the latest batch: mostly the same
+        self._packer = BatchPacker()
 
     def info(self) -> CellInfo:
         """Facts of the loaded model."""
@@ -137,7 +129,7 @@ class DecodeCell:
 
     def run(
         self,
-        arrays: list[npt.NDArray[Any]],
+        arrays: BatchArrays,
         begin: int,
         end: int,
         *,
@@ -148,36 +140,15 @@ class DecodeCell:
     ) -> int:
         """One native call over tokens ``begin`` to ``end`` of a batch laid out as `batch_shapes`."""
         if process:
-            return self._process([array[begin:end] for array in arrays])
-        rows, positions, seq_ids, outputs, n_seq_id, pointers = arrays
-        place = _address(seq_ids), n_seq_id.tobytes()
-        if place != self._pointed[0]:
-            counts = np.maximum(n_seq_id, 0)
-            self._pointed = place, place[0] + 4 * (counts.cumsum() - counts)
-        pointers[:] = self._pointed[1]
-        for name in nulls:
-            if name.startswith("seq_id["):
-                pointers[int(name[7:-1])] = 0
-
-        def at(name: str, array: npt.NDArray[Any], width: int = 1) -> int:
-            return 0 if name in nulls else _address(array) + array.itemsize * width * begin
-
-        fields = (
-            0 if n_embd else at("token", rows),
-            at("embd", rows, n_embd) if n_embd else 0,
-            at("pos", positions),
-            at("n_seq_id", n_seq_id),
-            at("seq_id", pointers),
-            at("logits", outputs),
-        )
-        batch = C.llama_batch.from_buffer_copy(_BATCH.pack(end - begin, *fields))
+            return self._process(arrays.part(begin, end))
+        batch = self._packer.pack(arrays, begin, end, n_embd=n_embd, nulls=nulls)
         what, call = ("encode", C.llama_encode) if encode else ("decode", C.llama_decode)
         with self.recorder.phase(what, end - begin):
             rc = int(call(self.context, batch))
         self._unsettled &= bool(rc) or encode
         return rc
 
-    def _process(self, arrays: list[npt.NDArray[Any]]) -> int:
+    def _process(self, arrays: BatchArrays) -> int:
         """The same by ``llama_process``, each token of one sequence."""
         if not hasattr(C, "llama_process"):
             raise RuntimeError("this llama.cpp has no llama_process")
@@ -202,11 +173,12 @@ class DecodeCell:
     def _decode(self, request: Decode) -> Decoded:
         with self.recorder.phase("build", request.n_tokens):
             shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
-            *batch, logits, embeddings = self._arena.arrays([*shapes, *row_shapes(request, self._info)])
-            wanted = batch[3].copy()
+            *arrays, logits, embeddings = self._arena.arrays([*shapes, *row_shapes(request, self._info)])
+            batch = BatchArrays(*arrays)
+            wanted = batch.outputs.copy()
             self._want_embeddings(request.embeddings)
             if request.embeddings:  # llama.cpp then insists on every token being an output, and warns
-                batch[3][:] = 1
+                batch.outputs[:] = 1
             if request.fresh:
                 self.clear()
         rc = self.run(
@@ -223,7 +195,7 @@ class DecodeCell:
             with self.recorder.phase("copy", len(outputs)):
                 self._copy(C.llama_get_logits_ith, outputs, logits.reshape(-1, self._info.n_vocab))
                 self._copy(C.llama_get_embeddings_ith, outputs, embeddings.reshape(-1, self._info.n_embd))
-        return Decoded(rc, native_memory.spans(self.memory, self._sequences(set(batch[2].tolist()))))
+        return Decoded(rc, native_memory.spans(self.memory, self._sequences(set(batch.seq_ids.tolist()))))
 
     def _want_embeddings(self, wanted: bool) -> None:
         if wanted != self._embeddings:  # llama.cpp logs each call, and the line would go to the supervisor
@@ -255,8 +227,8 @@ class DecodeCell:
         self._unsettled = False
 
     def _decode_one(self, seq_id: int, position: int) -> None:
-        values = (0, position, seq_id, 0, 1, 0)
-        one = [np.full(1, value, kind) for value, (kind, _) in zip(values, batch_shapes(1), strict=True)]
+        one = batch_arrays(1)
+        one.positions[:], one.seq_ids[:] = position, seq_id
         self.run(one, 0, 1)
 
     def _warm(self) -> None:
@@ -294,7 +266,7 @@ class DecodeCell:
             pointer = get(self.context, i)
             if not pointer:
                 raise RuntimeError(f"llama.cpp has no row for output {i} of the batch")
-            ctypes.memmove(_address(row), pointer, row.nbytes)
+            ctypes.memmove(address(row), pointer, row.nbytes)
 
     def _tokenize(self, n_bytes: int) -> int:
         (text,) = self._arena.arrays([("u1", n_bytes)])
@@ -322,9 +294,9 @@ class DecodeCell:
             if self.memory:  # marked as empty, not filled with zeros: that would take a while
                 C.llama_memory_clear(self.memory, False)
         self._want_embeddings(False)
-        arrays = self._arena.arrays(request.shapes())
+        batch, prompts = request.arrays(self._arena)
         for seq_id in request.leaves:
             self._engine.leave(seq_id)
-        for join, tokens in zip(request.joins, arrays[6:], strict=True):
+        for join, tokens in zip(request.joins, prompts, strict=True):
             self._engine.join(join, tokens.copy())
-        return self._engine.generate(arrays[:6], request.steps)
+        return self._engine.generate(batch, request.steps)

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from crumplezone.sandbox.child.loop import Room
+from crumplezone.workers.native.batch import BatchPacker, batch_arrays
 from crumplezone.workers.native.model import ContextError, context_params, describe, model_of
-from crumplezone.workers.protocol.arrays import batch_shapes
+from crumplezone.workers.protocol.arrays import BatchArrays
 from crumplezone.workers.protocol.embed import (
     TOKENS_OVER,
     Embed,
@@ -33,7 +33,6 @@ from crumplezone.workers.protocol.embed import (
 from crumplezone.workers.protocol.messages import Warm, Warmed
 
 _INT32 = ctypes.POINTER(ctypes.c_int32)
-_INT8 = ctypes.POINTER(ctypes.c_int8)
 _POOLING: dict[Literal["mean", "cls", "last", "rank"], int] = {
     "mean": C.LLAMA_POOLING_TYPE_MEAN,
     "cls": C.LLAMA_POOLING_TYPE_CLS,
@@ -58,6 +57,7 @@ class EmbedCell:
 
     def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:
         self._config = msgspec.msgpack.decode(config, type=EmbedConfig)
+        self._packer = BatchPacker()
         self._arena, self._recorder = room.arena, room.recorder
         loaded = model_of(preloaded, self._config.model, self._config.n_gpu_layers, room)
         self.model, self._voices = loaded.pointer, loaded.voices
@@ -87,25 +87,18 @@ class EmbedCell:
                 self._make_context()
                 return self._info
 
-    def run(self, arrays: list[npt.NDArray[Any]]) -> int:
-        """One native call over a batch laid out as `batch_shapes`, each token of one sequence."""
-        tokens, positions, seq_ids, outputs, n_seq_id, pointers = arrays
-        pointers[:] = seq_ids.ctypes.data + seq_ids.itemsize * np.arange(len(seq_ids), dtype=np.uint64)
-        batch: Any = C.llama_batch()
-        batch.n_tokens = len(tokens)
-        batch.token = tokens.ctypes.data_as(_INT32)
-        batch.pos = positions.ctypes.data_as(_INT32)
-        batch.n_seq_id = n_seq_id.ctypes.data_as(_INT32)
-        batch.seq_id = pointers.ctypes.data_as(ctypes.POINTER(_INT32))
-        batch.logits = outputs.ctypes.data_as(_INT8)
-        with self._recorder.phase("decode", len(tokens)):
+    def run(self, arrays: BatchArrays) -> int:
+        """One native call over a batch."""
+        n_tokens = len(arrays.tokens)
+        with self._recorder.phase("decode", n_tokens):
             # Of models that are encoders only too: llama_decode is llama_encode where there is no memory.
-            return int(C.llama_decode(self.context, batch))
+            return int(C.llama_decode(self.context, self._packer.pack(arrays, 0, n_tokens)))
 
     def _warm(self) -> None:
         """Have llama.cpp make what it makes at the first call."""
-        values = (0, 0, 0, 1, 1, 0)
-        self.run([np.full(1, value, kind) for value, (kind, _) in zip(values, batch_shapes(1), strict=True)])
+        one = batch_arrays(1)
+        one.outputs[:] = 1
+        self.run(one)
 
     def _make_context(self) -> None:
         config, params = self._config, context_params(self._config)
@@ -146,10 +139,10 @@ class EmbedCell:
     def _embed(self, request: Embed) -> int:
         n_embd = self._info.n_embd
         shapes = vector_shapes(request.n_tokens, request.n_texts, n_embd)
-        *batch, flat = self._arena.arrays(shapes)
+        *arrays, flat = self._arena.arrays(shapes)
         if self._memory:  # emptied, but not zeroed: what is left is masked, and finite
             C.llama_memory_clear(self._memory, False)
-        rc = self.run(batch)
+        rc = self.run(BatchArrays(*arrays))
         if rc == 0:
             with self._recorder.phase("copy", request.n_texts):
                 for seq_id, vector in enumerate(flat.reshape(request.n_texts, n_embd)):

@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from crumplezone.workers.native.batch import batch_arrays
 from crumplezone.workers.native.decode_cell import DecodeCell
-from crumplezone.workers.protocol.arrays import batch_shapes
+from crumplezone.workers.protocol.arrays import BatchArrays
 from crumplezone.workers.protocol.messages import Request
 from crumplezone.workers.protocol.width import Fill, Filled, Step, Stepped, Weigh, Weighed
 
@@ -56,10 +57,10 @@ class WidthCell(DecodeCell):
 
     def _fill(self, depth: int) -> None:
         self.clear()
-        batch = _batch(depth)
-        batch[0][:] = self._tokens(depth)
-        batch[1][:] = np.arange(depth)
-        batch[3][-1] = 1
+        batch = batch_arrays(depth)
+        batch.tokens[:] = self._tokens(depth)
+        batch.positions[:] = np.arange(depth)
+        batch.outputs[-1] = 1
         self._decode_all(batch)
         self._depth = depth
         for seq_id in range(1, self.config.n_seq_max):
@@ -70,15 +71,15 @@ class WidthCell(DecodeCell):
 
     def _step(self, request: Step) -> Stepped:
         C.llama_set_n_threads(self.context, request.n_threads, request.n_threads)
-        batch = _batch(request.n_seq)
-        batch[1][:] = [self._back(seq_id) for seq_id in range(request.n_seq)]
-        batch[2][:] = np.arange(request.n_seq)
-        batch[3][:] = 1
+        batch = batch_arrays(request.n_seq)
+        batch.positions[:] = [self._back(seq_id) for seq_id in range(request.n_seq)]
+        batch.seq_ids[:] = np.arange(request.n_seq)
+        batch.outputs[:] = 1
         waited, begin, steps, took = _waited(), time.perf_counter_ns(), 0, 0
         while steps == 0 or (steps < request.most and took < request.nanoseconds):
-            batch[0][:] = self._tokens(request.n_seq, steps)
+            batch.tokens[:] = self._tokens(request.n_seq, steps)
             self._decode_all(batch)
-            batch[1][:] += 1
+            batch.positions[:] += 1
             steps, took = steps + 1, time.perf_counter_ns() - begin
         return Stepped(steps, took, max(0, _waited() - waited))
 
@@ -93,17 +94,11 @@ class WidthCell(DecodeCell):
         n_vocab = self.info().n_vocab
         return (np.arange(n) * 7919 + step * 104_729 + n_vocab // 2) % n_vocab
 
-    def _decode_all(self, batch: list[npt.NDArray[Any]]) -> None:
-        rc = self.run(batch, 0, len(batch[0]))
+    def _decode_all(self, batch: BatchArrays) -> None:
+        rc = self.run(batch, 0, len(batch.tokens))
         if rc:
             raise RuntimeError(f"llama_decode returned {rc}")
         C.llama_synchronize(self.context)  # a GPU may still be at it
-
-
-def _batch(n_tokens: int) -> list[npt.NDArray[Any]]:
-    batch: list[npt.NDArray[Any]] = [np.zeros(size, kind) for kind, size in batch_shapes(n_tokens)]
-    batch[4][:] = 1
-    return batch
 
 
 def _waited() -> int:

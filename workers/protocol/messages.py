@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
-from crumplezone.sandbox.ipc.arena import Shape
-from crumplezone.workers.protocol.arrays import batch_shapes
+from crumplezone.sandbox.ipc.arena import Arena, Shape
+from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
 from crumplezone.workers.protocol.config import CellInfo, Position, Token
 from crumplezone.workers.protocol.sampling import Sampling
 
@@ -138,7 +140,7 @@ class Detokenized(msgspec.Struct, frozen=True):
 
 
 class Join(msgspec.Struct, frozen=True):
-    """A prompt that takes a free sequence; its tokens lie in the arena (`Generate.shapes`)."""
+    """A prompt that takes a free sequence; its tokens lie in the arena (`Generate.arrays`)."""
 
     seq_id: int
     n_tokens: int
@@ -158,9 +160,12 @@ class Generate(msgspec.Struct, tag="generate", frozen=True):
     leaves: list[int] = []  # sequences to give up, before any joins
     reset: bool = False  # clear the memory and forget every sequence first
 
-    def shapes(self) -> list[Shape]:
-        """The batch of a native call (`batch_shapes`), and behind it the tokens of each that joins."""
-        return [*batch_shapes(self.chunk), *(("i4", join.n_tokens) for join in self.joins)]
+    def arrays(self, arena: Arena) -> tuple[BatchArrays, list[npt.NDArray[np.int32]]]:
+        """The batch of a native call, and behind it the tokens of each that joins."""
+        joins: list[Shape] = [("i4", join.n_tokens) for join in self.joins]
+        arrays = arena.arrays([*batch_shapes(self.chunk), *joins])
+        n = len(BatchArrays._fields)
+        return BatchArrays(*arrays[:n]), arrays[n:]
 
 
 class Progress(msgspec.Struct, frozen=True):

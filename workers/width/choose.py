@@ -10,10 +10,9 @@ from pathlib import Path
 import msgspec
 
 from crumplezone.errors import CellDied, CellRefused
-from crumplezone.reports.records.report import Exit
-from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.sandbox.process.cgroup import available_memory
+from crumplezone.workers.cells.client import CellClient
 from crumplezone.workers.cells.source import CellSource
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.file import check_file
@@ -25,7 +24,6 @@ from crumplezone.workers.width import cache as width_cache
 from crumplezone.workers.width.cache import Found, Rate
 from crumplezone.workers.width.race import Width, pick, race
 
-TARGET = "crumplezone.workers.native.width_cell:WidthCell"
 _WIDTHS = (1, 2, 4, 8, 16)
 _WIDEST = 32  # tried from so many threads on: two cores gain 2 to 6% from it, and it takes twice the memory
 _MANY_THREADS = 8
@@ -132,41 +130,66 @@ def _found(asked: _Question, reporter: Reporter, zygote: Zygote | None) -> Found
 
 
 def _measured(asked: _Question, reporter: Reporter, zygote: Zygote | None) -> Found | None:
-    source, info = CellSource(TARGET, asked.config, asked.limits, reporter, zygote), None
+    client = WidthClient(asked, reporter, zygote)
     try:
-        cell = source.start()
-        info = cell.info(CellInfo)
-        return _measure(cell, info, asked)
+        client.start()
+        return _measure(client, asked)
     except CellRefused as refused:
         _log.warning("the width was not measured: %s", refused)
     except CellDied as died:
         result = "the width was not measured; where none is given, sequences are decoded one at a time"
-        reporter.file_lone(died.incident, "while measuring the width", result, asked.config, info)
+        reporter.file_lone(died.incident, "while measuring the width", result, asked.config, client.known)
     finally:
-        source.shut()
+        client.close()
     return None
 
 
-def _measure(cell: Cell, info: CellInfo, asked: _Question) -> Found:
+class WidthClient(CellClient[CellInfo]):
+    """The cell that measures. What its methods raise is `CellRefused` or `CellDied`."""
+
+    def __init__(self, asked: _Question, reporter: Reporter, zygote: Zygote | None) -> None:
+        source = CellSource("width", asked.config, asked.limits, reporter, zygote)
+        super().__init__(source, CellInfo, _DEADLINE)
+
+    def weigh(self) -> Weighed:
+        """What a sequence takes, and how long a token."""
+        return self._call(Weigh(), Weighed)
+
+    def fill(self, n_seq: int, n_tokens: int) -> None:
+        """A context of so many sequences, each of which holds so many tokens."""
+        self._call(Resize(_N_CTX_SEQ * n_seq, n_seq), CellInfo)
+        self._call(Fill(n_tokens), Filled)
+
+    def step(self, step: Step) -> Stepped:
+        """Some steps, timed by the cell; it is not believed what cannot be."""
+        begin = time.perf_counter_ns()
+        stepped = self._call(step, Stepped)
+        longest = time.perf_counter_ns() - begin
+        if stepped.steps > step.most or not stepped.steps * _SHORTEST <= stepped.nanoseconds <= longest:
+            told = f"{stepped.steps} steps in {stepped.nanoseconds} ns"
+            raise self._lie(f"told of {told}, {longest} ns after it was asked")
+        return stepped
+
+
+def _measure(client: WidthClient, asked: _Question) -> Found:
     """Ask a cell that has a context of one sequence.
 
     Raises:
         CellRefused: The model does not generate, or there is no memory for its contexts.
         CellDied: It crashed, hung or lied.
     """
-    weighed = cell.call(Weigh(), Weighed, _DEADLINE)
+    weighed = client.weigh()
     token = weighed.nanoseconds / 1e9
     if token > _SLOW:
         return Found([Rate(asked.widths[0], asked.threads[0], 1 / token)], weighed)
     fits = _fitting(weighed, _N_CTX_SEQ, asked, 1)
     widths = tuple(dict.fromkeys(min(width, fits) for width in asked.widths))
-    cell.call(Resize(_N_CTX_SEQ * widths[-1], widths[-1]), CellInfo, _DEADLINE)
-    most = min(_DEPTH, info.n_ctx_train // 4 or 1)  # where positions are learned, there are no more
-    cell.call(Fill(max(1, min(most, int(_FILLING / token)))), Filled, _DEADLINE)
+    most = min(_DEPTH, client.info.n_ctx_train // 4 or 1)  # where positions are learned, there are no more
+    client.fill(widths[-1], max(1, min(most, int(_FILLING / token))))
     took, waited = list[int](), list[int]()
 
     def visit(width: Width) -> tuple[int, float]:
-        stepped = _step(cell, Step(width.n_seq, width.n_threads, most, int(_VISIT * 1e9)))
+        stepped = client.step(Step(width.n_seq, width.n_threads, most, int(_VISIT * 1e9)))
         took.append(stepped.nanoseconds)
         waited.append(stepped.waited)
         return stepped.steps, stepped.nanoseconds / 1e9
@@ -176,16 +199,6 @@ def _measure(cell: Cell, info: CellInfo, asked: _Question) -> Found:
     if widths == asked.widths and sum(waited) < _DISTURBED * sum(took):
         width_cache.keep(asked.key, found)
     return found
-
-
-def _step(cell: Cell, step: Step) -> Stepped:
-    begin = time.perf_counter_ns()
-    stepped = cell.call(step, Stepped, _DEADLINE)
-    longest = time.perf_counter_ns() - begin
-    if stepped.steps > step.most or not stepped.steps * _SHORTEST <= stepped.nanoseconds <= longest:
-        told = f"{stepped.steps} steps in {stepped.nanoseconds} ns"
-        raise cell.condemn(Exit.PROTOCOL, f"the cell told of {told}, {longest} ns after it was asked")
-    return stepped
 
 
 def _fitting(weighed: Weighed, n_ctx_seq: int, asked: _Question, contexts: int) -> int:

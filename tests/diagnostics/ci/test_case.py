@@ -25,8 +25,7 @@ from crumplezone.diagnostics.replay.script import check, script
 from crumplezone.reports.records.report import Outcome, Report, VerdictKind
 from crumplezone.reports.records.run import CaseRecord, Ending, Shape
 from crumplezone.reports.store.store import Store
-from crumplezone.workers.cells.decode_client import DecodeClient
-from tests.support.decoders import Dose, crashed_stack, descriptors, read_all
+from tests.support.decoders import Dose, Plant, crashed_stack, descriptors, read_all
 from tests.support.models.tiny_bert import write_tiny_bert, write_tiny_t5
 from tests.support.models.tiny_gguf import write_block_count_zero, write_tiny_llama, write_truncated
 from tests.support.native.decode_poison import Poison
@@ -169,10 +168,8 @@ def test_a_crash_of_the_safe_path_is_one(tiny: Path, attempt: Try, store: Store,
     assert (record.ending, only(store, record).rung) == (Ending.CRASH, "safe")
 
 
-def test_what_a_batch_muddles_up_is_a_mismatch(
-    tiny: Path, attempt: Try, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DecodeClient.__init__, "__defaults__", ("tests.support.native.case_stunts:Muddled",))
+def test_what_a_batch_muddles_up_is_a_mismatch(tiny: Path, attempt: Try, plant: Plant) -> None:
+    plant("decode", "tests.support.native.case_stunts:Muddled")
     record = attempt(tiny, tokens=20, sequences=2)
     assert record.ending is Ending.MISMATCH
     assert "sequence" in record.detail
@@ -264,8 +261,8 @@ def test_a_return_code_is_a_refusal(tiny: Path, attempt: Try, store: Store, dose
     assert read_all(store) == []
 
 
-def test_a_build_without_llama_process(tiny: Path, attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DecodeClient.__init__, "__defaults__", ("tests.support.native.case_stunts:Older",))
+def test_a_build_without_llama_process(tiny: Path, attempt: Try, plant: Plant) -> None:
+    plant("decode", "tests.support.native.case_stunts:Older")
     record = attempt(tiny, path="process")
     assert (record.ending, record.detail) == (Ending.REFUSED, "this llama.cpp has no llama_process")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from msgspec.structs import replace
 
@@ -12,6 +11,7 @@ from crumplezone.diagnostics.replay.minimise import Minimised, minimise
 from crumplezone.diagnostics.replay.replay import replay
 from crumplezone.reports.records.report import BatchRecord, Generating, Held
 from crumplezone.workers.native.memory import spans
+from crumplezone.workers.protocol.arrays import BatchArrays
 from tests.support.decoders import CONTEXT, Dose, Record, batch_of, columns, report_of
 from tests.support.native import decode_poison as poison
 from tests.support.native.decode_poison import Poison
@@ -20,7 +20,7 @@ from tests.support.native.decode_poison import Poison
 class EverySecondCell(poison.PoisonCell):
     """Dies in every second call: of a file that each death makes and the next call takes away."""
 
-    def _dies(self, poison: Poison, _: list[Any]) -> bool:
+    def _dies(self, poison: Poison, _: BatchArrays) -> bool:
         marker = Path(poison.once)
         if marker.exists():
             marker.unlink()
@@ -32,7 +32,7 @@ class EverySecondCell(poison.PoisonCell):
 class FullMemoryCell(poison.PoisonCell):
     """Dies only if there is something in its memory."""
 
-    def _dies(self, poison: Poison, sent: list[Any]) -> bool:
+    def _dies(self, poison: Poison, sent: BatchArrays) -> bool:
         (span,) = spans(self.memory, [0])
         return span.last >= 0 and super()._dies(poison, sent)
 

@@ -14,7 +14,6 @@ from functools import partial
 from logging.handlers import QueueHandler
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -27,14 +26,14 @@ from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.spares import SparePool
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.call import DecodeOptions
-from crumplezone.workers.cells.decode_client import TARGET, DecodeClient
+from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.source import report_idle
+from crumplezone.workers.cells.targets import SEEDS
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
-from tests.support.decoders import descriptors, kill, read_all
+from tests.support.decoders import Dose, descriptors, kill, read_all
 from tests.support.models.tiny_gguf import write_block_count_zero
-from tests.support.native import decode_poison as poison
 from tests.support.native.decode_poison import Poison
 from tests.support.processes.zygotes import SPEC, Deaths, echo, evidence_of, parent
 from tests.support.services.stunts import Config, Echo, Stunt
@@ -83,7 +82,7 @@ def stock(zygote: Zygote, deaths: Deaths, warmed: Pids) -> Iterator[Stock]:
 def test_spares_are_warm_and_wait(stock: Stock, warmed: Pids) -> None:
     supply = stock(2)
     cells = [supply.take()]  # no spare: there is none yet
-    assert supply.stocked(30)
+    assert supply.wait_for_all(30)
     cells += [supply.take(), supply.take()]
     assert {cell.pid for cell in cells[1:]} == {warmed.get(), warmed.get()}
     for cell in cells:
@@ -95,11 +94,11 @@ def test_spares_that_die_while_they_wait_are_replaced(stock: Stock, warmed: Pids
     supply = stock()
     supply.take().close()
     for signum in (signal.SIGKILL, signal.SIGSEGV):  # the second is held: it has not ended when that is seen
-        assert supply.stocked(30)
+        assert supply.wait_for_all(30)
         os.kill(pid := warmed.get(), signum)
         evidence = evidence_of(deaths)
         assert (evidence.pid, evidence.phase, evidence.returncode) == (pid, "idle", -signum)
-    assert supply.stocked(30)
+    assert supply.wait_for_all(30)
     spare = supply.take()
     assert spare.pid == warmed.get()
     spare.close()
@@ -135,7 +134,7 @@ def test_spares_that_die_again_and_again_are_given_up(stock: Stock, deaths: Deat
         for _ in range(attempts):
             evidence = evidence_of(deaths)
             assert (evidence.exit, evidence.phase) == (Exit.SIGNAL, "call")
-        assert not supply.stocked(30)
+        assert not supply.wait_for_all(30)
         assert deaths.empty()
         cell.close()
 
@@ -143,7 +142,7 @@ def test_spares_that_die_again_and_again_are_given_up(stock: Stock, deaths: Deat
 def test_new_cells_have_the_renewed_configuration(stock: Stock, warmed: Pids) -> None:
     supply = stock()
     supply.take().close()
-    assert supply.stocked(30)
+    assert supply.wait_for_all(30)
     old = warmed.get()
     supply.renew(replace(SPEC, target="tests.support.services.tricks:Tricks"))  # which answers no echo
     assert warmed.empty()
@@ -157,7 +156,7 @@ def test_a_zygote_that_dies_between_jobs_is_started_again(
 ) -> None:
     supply = stock()
     supply.take().close()
-    assert supply.stocked(30)
+    assert supply.wait_for_all(30)
     kill(first := zygote.pid)
     assert evidence_of(deaths).pid == first  # nobody asked for a cell
     cells = [supply.take(), supply.take()]
@@ -192,10 +191,10 @@ def test_many_deaths_leave_nothing_behind(stock: Stock, zygote: Zygote, warmed: 
         supply = stock()
         supply.take().close()
         for _ in range(number):
-            assert supply.stocked(30)
+            assert supply.wait_for_all(30)
             kill(warmed.get())
             evidence_of(deaths)
-            assert supply.stocked(30)
+            assert supply.wait_for_all(30)
             supply.take().close()
             warmed.get()
         supply.close()
@@ -212,7 +211,7 @@ def test_many_deaths_leave_nothing_behind(stock: Stock, zygote: Zygote, warmed: 
 def test_a_supply_that_nobody_closed_is_collected(zygote: Zygote, deaths: Deaths) -> None:
     supply = SparePool(SPEC, zygote, 1, echo, deaths.put)
     supply.take().close()
-    assert supply.stocked(30)
+    assert supply.wait_for_all(30)
     del supply
     gc.collect()
     assert psutil.Process(zygote.pid).children() == []
@@ -236,17 +235,17 @@ def run(reporter: Reporter) -> Iterator[Run]:
     """Make runners over zygotes, closed after the test."""
     made: list[tuple[DecodeClient, Zygote]] = []
 
-    def make(model: Path, target: str = TARGET, spares: int = 1) -> tuple[DecodeClient, Zygote]:
+    def make(model: Path, spares: int = 1) -> tuple[DecodeClient, Zygote]:
         config = CellConfig(str(model), 512, 64, 64, 2, 1)
-        spec = CellSpec("crumplezone.workers.native.model:preload", config)
+        spec = CellSpec(SEEDS["context"], config)
         zygote = Zygote(spec, partial(report_idle, reporter, config))
         limits = Limits(30, None)
-        made.append((DecodeClient(config, limits, reporter, target, zygote=zygote, spares=spares), zygote))
+        made.append((DecodeClient(config, limits, reporter, zygote=zygote, spares=spares), zygote))
         return made[-1]
 
     yield make
     for runner, zygote in made:
-        runner.shut()
+        runner.close()
         zygote.close()
 
 
@@ -264,12 +263,12 @@ def settled(reporter: Reporter, store: Store) -> list[Report]:
 def test_forked_spawned_and_spare_cells_compute_the_same(tiny: Path, run: Run) -> None:
     spawned = DecodeClient(CellConfig(str(tiny), 512, 64, 64, 2, 1), Limits(30, None), None)
     expected = logits(spawned)
-    spawned.shut()
+    spawned.close()
     runner, zygote = run(tiny)
     assert zygote.info(CellInfo) == runner.info
     np.testing.assert_array_equal(logits(runner), expected)
     for _ in range(2):
-        assert runner.stocked(30)
+        assert runner.wait_for_spares(30)
         kill(runner.pid)
         runner.start()
         assert parent(runner.pid or 0) == zygote.pid
@@ -305,7 +304,7 @@ def test_in_the_middle_of_a_job_a_death_is_told(tiny: Path, run: Run) -> None:
 def test_zygote_spare_and_cell_killed_at_once(tiny: Path, run: Run, reporter: Reporter, store: Store) -> None:
     runner, _ = run(tiny)
     expected = logits(runner)
-    assert runner.stocked(30)
+    assert runner.wait_for_spares(30)
     pids = [each.pid for each in psutil.Process().children(recursive=True)]
     assert len(pids) == 3
     for pid in pids:
@@ -314,7 +313,7 @@ def test_zygote_spare_and_cell_killed_at_once(tiny: Path, run: Run, reporter: Re
         kill(pid)
     runner.start()
     np.testing.assert_array_equal(logits(runner), expected)
-    assert runner.stocked(30)
+    assert runner.wait_for_spares(30)
     reports = settled(reporter, store)
     assert {report.evidence.exit for report in reports} == {Exit.KILLED}
     assert {report.evidence.phase for report in reports} == {"idle"}
@@ -336,12 +335,12 @@ def test_a_native_crash_in_a_forked_cell(smollm: Path, run: Run) -> None:
 
 
 def test_a_model_that_crashes_when_it_decodes_is_found_by_its_first_job(
-    tiny: Path, run: Run, reporter: Reporter, store: Store, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, run: Run, reporter: Reporter, store: Store, dose: Dose
 ) -> None:
-    monkeypatch.setenv(poison.VARIABLE, msgspec.json.encode(Poison()).decode())
-    runner, _ = run(tiny, poison.TARGET)
+    dose(Poison())
+    runner, _ = run(tiny)
     runner.start()
-    assert not runner.stocked(30)
+    assert not runner.wait_for_spares(30)
     with pytest.raises(CellDied) as caught:
         logits(runner)
     assert caught.value.incident.evidence.result(60).exit == Exit.SIGNAL
@@ -361,6 +360,6 @@ def test_a_crash_of_the_loader_is_a_report_and_an_error(
     assert (report.evidence.exit, report.evidence.phase) == (Exit.ABORT, "start")
     assert report.evidence.assertion is not None
     assert zygote.pid is None
-    runner.shut()
+    runner.close()
     with pytest.raises(UsageError):
         runner.start()

@@ -7,18 +7,18 @@ from typing import Any
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from crumplezone.sandbox.child.loop import Room
 from crumplezone.workers.native.decode_cell import DecodeCell
+from crumplezone.workers.protocol.arrays import BatchArrays
 
 
 class Muddled(DecodeCell):
     """Gives the sequences of a batch each other's tokens."""
 
-    def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int, **options: Any) -> int:
-        if len(np.unique(arrays[2])) > 1:
-            arrays[0][:] = arrays[0][::-1].copy()
+    def run(self, arrays: BatchArrays, begin: int, end: int, **options: Any) -> int:
+        if len(np.unique(arrays.seq_ids)) > 1:
+            arrays.tokens[:] = arrays.tokens[::-1].copy()
         return super().run(arrays, begin, end, **options)
 
 

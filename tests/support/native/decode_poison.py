@@ -11,9 +11,9 @@ from typing import Any
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from crumplezone.workers.native.decode_cell import DecodeCell
+from crumplezone.workers.protocol.arrays import BatchArrays
 
 TARGET = "tests.support.native.decode_poison:PoisonCell"
 VARIABLE = "CRUMPLEZONE_TEST_POISON"
@@ -34,17 +34,17 @@ class Poison(msgspec.Struct, frozen=True):
 class PoisonCell(DecodeCell):
     """A `DecodeCell` with a `Poison`."""
 
-    def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int, **options: Any) -> int:
+    def run(self, arrays: BatchArrays, begin: int, end: int, **options: Any) -> int:
         poison = msgspec.json.decode(os.environ[VARIABLE], type=Poison)
-        if self._dies(poison, [array[begin:end] for array in arrays]):
+        if self._dies(poison, arrays.part(begin, end)):
             getattr(self, f"_{poison.how}")(poison, arrays, begin, end)
         try:
             return super().run(arrays, begin, end, **options)
         finally:
             C.llama_set_abort_callback(self.context, C.ggml_abort_callback(), None)
 
-    def _dies(self, poison: Poison, sent: list[npt.NDArray[Any]]) -> bool:
-        tokens, positions, seq_ids = sent[:3]
+    def _dies(self, poison: Poison, sent: BatchArrays) -> bool:
+        tokens, positions, seq_ids, *_ = sent
         hit = (tokens == poison.token) | (poison.token < 0)
         if poison.position >= 0:
             hit &= positions == poison.position
@@ -61,13 +61,13 @@ class PoisonCell(DecodeCell):
     def _segv(self, *_: object) -> None:
         ctypes.memset(0x18, 1, 1)
 
-    def _null_seq_id(self, _: Poison, arrays: list[npt.NDArray[Any]], begin: int, end: int) -> None:
+    def _null_seq_id(self, _: Poison, arrays: BatchArrays, begin: int, end: int) -> None:
         batch: Any = C.llama_batch()
         batch.n_tokens = end - begin
         int32 = ctypes.POINTER(ctypes.c_int32)
-        batch.token = ctypes.cast(arrays[0].ctypes.data + 4 * begin, int32)
-        batch.pos = ctypes.cast(arrays[1].ctypes.data + 4 * begin, int32)
-        batch.n_seq_id = ctypes.cast(arrays[4].ctypes.data + 4 * begin, int32)
+        batch.token = ctypes.cast(arrays.tokens.ctypes.data + 4 * begin, int32)
+        batch.pos = ctypes.cast(arrays.positions.ctypes.data + 4 * begin, int32)
+        batch.n_seq_id = ctypes.cast(arrays.n_seq_id.ctypes.data + 4 * begin, int32)
         batch.seq_id = (int32 * (end - begin))()  # every pointer is NULL
         C.llama_decode(self.context, batch)
 

@@ -6,7 +6,6 @@ import ctypes
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import msgspec
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.workers.native.embed_cell import EmbedCell
+from crumplezone.workers.protocol.arrays import BatchArrays
 from crumplezone.workers.protocol.embed import TokenizeTexts, text_shapes
 
 TARGET = "tests.support.native.embed_poison:PoisonCell"
@@ -45,9 +45,9 @@ class PoisonCell(EmbedCell):
                 return ""
         return poison.how
 
-    def run(self, arrays: list[npt.NDArray[Any]]) -> int:
-        n_texts = len(np.unique(arrays[2]))
-        match self._bites(("segv", "hang", "nan", "slot", "compute"), arrays[0], n_texts):
+    def run(self, arrays: BatchArrays) -> int:
+        n_texts = len(np.unique(arrays.seq_ids))
+        match self._bites(("segv", "hang", "nan", "slot", "compute"), arrays.tokens, n_texts):
             case "segv":
                 ctypes.memset(0x18, 1, 1)
             case "hang":

@@ -11,8 +11,7 @@ from crumplezone import Rung
 from crumplezone.errors import SequenceError
 from crumplezone.reports.records.report import Exit
 from crumplezone.reports.store.store import Store
-from crumplezone.workers.cells.decode_client import DecodeClient
-from tests.support.decoders import PROMPTS, Open, outcome, reports_of
+from tests.support.decoders import PROMPTS, Open, Plant, outcome, reports_of
 from tests.support.native import liars
 
 LIES = {
@@ -29,10 +28,10 @@ Tell = Callable[[str], object]
 
 
 @pytest.fixture
-def tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tell:
+def tell(plant: Plant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tell:
     """Let the cells that start from now on tell a lie, once or ``always``."""
     file = tmp_path / "lie"
-    monkeypatch.setattr(DecodeClient.__init__, "__defaults__", (liars.TARGET,))
+    plant("decode", liars.TARGET)
     monkeypatch.setenv(liars.VARIABLE, str(file))
     file.touch()
     return lambda lie: file.write_text(lie)

@@ -29,14 +29,14 @@ from crumplezone.reports.records.report import Exit, Outcome, Report, VerdictKin
 from crumplezone.reports.store.store import Store
 from crumplezone.sandbox.cells.cell import CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.workers.embed import client as embed_runner
+from crumplezone.workers.cells.targets import SEEDS
 from crumplezone.workers.embed.embedder import Embedder, Embeddings
 from crumplezone.workers.embed.packing import plan
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
 from crumplezone.workers.protocol.config import CellConfig
-from tests.support.decoders import CONTEXT, Open, batch_of, read_all, report_of
+from tests.support.decoders import CONTEXT, Open, Plant, batch_of, read_all, report_of
 from tests.support.models.tiny_bert import write_tiny_bert, write_tiny_t5
 from tests.support.models.tiny_gguf import write_tiny_llama, write_tiny_mamba
 from tests.support.native import embed_poison
@@ -45,7 +45,6 @@ from tests.support.native.embed_poison import Poison
 Make = Callable[..., Embedder]
 Dose = Callable[..., None]
 
-PRELOAD = "crumplezone.workers.native.model:preload"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "others"]
 TEXTS = [" ".join(WORDS[i % 5 : i % 5 + 1 + i % 7]) for i in range(64)]
 FEW = ["abc", "fox", "a dog", "some text", "cat"]
@@ -73,11 +72,11 @@ def make_embedder(reporter: Reporter) -> Iterator[Make]:
 
 
 @pytest.fixture
-def dose(monkeypatch: pytest.MonkeyPatch) -> Dose:
+def dose(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Dose:
     """Make every embedding cell that starts from now on a poisoned one."""
 
     def give(how: str, **when: Any) -> None:
-        monkeypatch.setattr(embed_runner, "TARGET", embed_poison.TARGET)
+        plant("embed", embed_poison.TARGET)
         monkeypatch.setenv(embed_poison.VARIABLE, msgspec.json.encode(Poison(how, **when)).decode())
 
     return give
@@ -208,14 +207,14 @@ def test_cells_come_and_go(tiny: Path, make_embedder: Make) -> None:
 def test_cells_are_forked(tiny: Path, reporter: Reporter, dose: Dose) -> None:
     config = configure(tiny, n_ctx=1024, n_batch=512, n_threads=1)
     dose("segv", token=Z)
-    with closing(Zygote(CellSpec(PRELOAD, config), lambda _: None)) as zygote:
+    with closing(Zygote(CellSpec(SEEDS["context"], config), lambda _: None)) as zygote:
         forked = Embedder(config, Limits(60, None), reporter, zygote=zygote, spares=1)
         with closing(forked):
             before = embed(forked, FEW).vectors
             assert psutil.Process(forked.pid).ppid() == zygote.pid
             assert list(embed(forked, [*FEW, "xyz"]).errors) == [5]
             np.testing.assert_array_equal(embed(forked, FEW).vectors, before)
-            assert forked._runner._source._supply.stocked(30)
+            assert forked._runner.wait_for_spares(30)
             assert [psutil.Process(pid).ppid() for pid in forked.spare_pids] == [zygote.pid]
 
 

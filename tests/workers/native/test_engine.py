@@ -21,14 +21,14 @@ from crumplezone.diagnostics.replay.script import script
 from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import BatchRecord, Exit, Generating
 from crumplezone.workers.batch.call import DecodeOptions, RefusedError
-from crumplezone.workers.cells.decode_client import TARGET, DecodeClient
+from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
 from crumplezone.workers.native.decode_cell import DecodeCell
 from crumplezone.workers.native.engine import engine
 from crumplezone.workers.protocol.messages import BESIDE, Generated, Join, MemoryOperation, Request
 from crumplezone.workers.protocol.sampling import Sampling
-from tests.support.decoders import report_of
+from tests.support.decoders import Plant, report_of
 from tests.support.models.tiny_gguf import write_tiny_llama, write_tiny_mamba
 
 CHUNK = 200
@@ -59,9 +59,9 @@ class HastyCell(DecodeCell):
 class Driver:
     """A cell, the sequences in it, and what they have got so far."""
 
-    def __init__(self, model: Path, n_seq: int, target: str = TARGET) -> None:
+    def __init__(self, model: Path, n_seq: int) -> None:
         config = configure(model, n_ctx=256 * n_seq, n_batch=CHUNK, n_seq_max=n_seq, n_threads=1)
-        self.runner = DecodeClient(config, Limits(60, None), None, target)
+        self.runner = DecodeClient(config, Limits(60, None), None)
         self.tokens: dict[int, list[int]] = {}
         self.running: set[int] = set()
         self._joins: list[tuple[Join, npt.NDArray[np.int32]]] = []
@@ -108,13 +108,13 @@ class Driver:
 def drive() -> Iterator[Make]:
     made: list[Driver] = []
 
-    def make(model: Path, n_seq: int = 4, target: str = TARGET) -> Driver:
-        made.append(Driver(model, n_seq, target))
+    def make(model: Path, n_seq: int = 4) -> Driver:
+        made.append(Driver(model, n_seq))
         return made[-1]
 
     yield make
     for driver in made:
-        driver.runner.shut()
+        driver.runner.close()
 
 
 def words(n: int, seed: int = 0) -> list[int]:
@@ -204,8 +204,9 @@ def test_a_nudged_cell_may_have_nothing_to_tell(tiny: Path, drive: Make) -> None
     assert {seq_id: len(tokens) for seq_id, tokens in driver.step().items()} == {0: 1, 1: 0}
 
 
-def test_what_takes_long_is_told_bit_by_bit(tiny: Path, drive: Make) -> None:
-    driver = drive(tiny, 1, "tests.workers.native.test_engine:HastyCell")
+def test_what_takes_long_is_told_bit_by_bit(tiny: Path, drive: Make, plant: Plant) -> None:
+    plant("decode", f"{__name__}:HastyCell")
+    driver = drive(tiny, 1)
     driver.join(0, words(9), LONG)
     assert [len(driver.step()[0]) for _ in range(3)] == [1, 1, 1]
 

@@ -24,6 +24,7 @@ from crumplezone.reports.records.report import Exit
 from crumplezone.reports.store.store import Store
 from crumplezone.sandbox.cells.cell import CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.workers.cells.targets import SEEDS
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
@@ -34,7 +35,7 @@ from crumplezone.workers.width import choose as width
 from crumplezone.workers.width.cache import Found, Rate
 from crumplezone.workers.width.choose import choose
 from crumplezone.workers.width.race import Width, pick, race
-from tests.support.decoders import read_all
+from tests.support.decoders import Plant, read_all
 from tests.support.models.tiny_bert import write_tiny_bert
 from tests.support.models.tiny_gguf import write_tiny_llama, write_tiny_mamba
 from tests.support.native import width_stunts
@@ -74,9 +75,9 @@ def chosen(cache: Path, reporter: Reporter) -> Choose:
 
 
 @pytest.fixture
-def no_cell(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def no_cell(plant: Plant) -> Callable[[], None]:
     """From now on a cell that is started is an error."""
-    return lambda: monkeypatch.setattr(width, "TARGET", "tests.nowhere:Nothing")
+    return lambda: plant("width", "tests.nowhere:Nothing")
 
 
 def config_of(model: Path) -> CellConfig:
@@ -139,7 +140,7 @@ def test_where_others_compute_it_is_not_kept(
 
 def test_a_recurrent_model_forked_off_a_zygote(chosen: Choose, tmp_path: Path) -> None:
     model = write_tiny_mamba(tmp_path / "mamba.gguf")
-    spec = CellSpec("crumplezone.workers.native.model:preload", config_of(model))
+    spec = CellSpec(SEEDS["context"], config_of(model))
     with closing(Zygote(spec, lambda _: None)) as zygote:
         chosen(model, zygote=zygote)
     (found,) = width._known.values()
@@ -182,10 +183,11 @@ def test_a_cell_that_dies_or_lies(
     store: Store,
     reporter: Reporter,
     no_cell: Callable[[], None],
+    plant: Plant,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(width_stunts.VARIABLE, stunt)
-    monkeypatch.setattr(width, "TARGET", width_stunts.TARGET)
+    plant("width", width_stunts.TARGET)
     if "hang" in stunt:
         monkeypatch.setattr(width, "_DEADLINE", 2.0)
     assert chosen(tiny) == Width(1, 1)
@@ -203,10 +205,14 @@ def test_a_cell_that_dies_or_lies(
 
 
 def test_a_refusal(
-    tiny: Path, chosen: Choose, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Path,
+    chosen: Choose,
+    plant: Plant,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv(width_stunts.VARIABLE, "fill refuse")
-    monkeypatch.setattr(width, "TARGET", width_stunts.TARGET)
+    plant("width", width_stunts.TARGET)
     assert chosen(tiny, n_seq=7, most_threads=2) == Width(7, 2)
     assert "the width was not measured: refused on demand" in caplog.text
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import numpy.typing as npt
-
 from crumplezone.sandbox.ipc.flight_recorder import Recorder
+from crumplezone.workers.protocol.arrays import BatchArrays
 from crumplezone.workers.protocol.config import CellInfo
 
 
@@ -28,7 +27,7 @@ class Context(Protocol):
     def info(self) -> CellInfo:
         """Facts of the model and the context."""
 
-    def run(self, arrays: list[npt.NDArray[Any]], begin: int, end: int) -> int:
+    def run(self, arrays: BatchArrays, begin: int, end: int) -> int:
         """Decode a range of a batch's tokens; the return code."""
 
     def copy(self, source: int, target: int) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Literal
 
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from crumplezone.workers.native.engine.context import Context
 from crumplezone.workers.native.engine.prefix import CachedSequence, PrefixCache
 from crumplezone.workers.native.engine.sampler import Sampler
+from crumplezone.workers.protocol.arrays import BatchArrays
 from crumplezone.workers.protocol.messages import BESIDE, Generated, Join, Progress
 
 _GROUP_S = 0.25  # after so long, what has been drawn is told
@@ -81,7 +82,7 @@ class Engine:
             if sequence.sampler:
                 sequence.sampler.close()
 
-    def generate(self, batch: list[npt.NDArray[Any]], steps: int) -> Generated:
+    def generate(self, batch: BatchArrays, steps: int) -> Generated:
         """Run up to ``steps`` native calls, fewer if there is something to tell: see `Generate`."""
         running = list(self._running.values())
         began, rc = time.monotonic(), 0
@@ -98,13 +99,13 @@ class Engine:
             self.reset()
         return Generated(rc, progress)
 
-    def _step(self, batch: list[npt.NDArray[Any]], running: list[_Sequence]) -> tuple[int, bool]:
+    def _step(self, batch: BatchArrays, running: list[_Sequence]) -> tuple[int, bool]:
         """One native call; its return code, and whether a sequence got its first token or its last."""
         recorder = self._cell.recorder
         with recorder.phase("build", len(running)):
             parts = self._build(batch, running)
         used = sum(n for _, n in parts)
-        if rc := self._cell.run([array[:used] for array in batch], 0, used):
+        if rc := self._cell.run(batch.part(0, used), 0, used):
             return rc, False
         ready, end = [], 0
         for sequence, n in parts:
@@ -117,7 +118,7 @@ class Engine:
         with recorder.phase("sample", len(ready)):
             return 0, self._draw(ready)
 
-    def _build(self, batch: list[npt.NDArray[Any]], running: list[_Sequence]) -> list[tuple[_Sequence, int]]:
+    def _build(self, batch: BatchArrays, running: list[_Sequence]) -> list[tuple[_Sequence, int]]:
         """Fill the batch: sequences that generate, one token each, then prompts. How much it has of each."""
         tokens, positions, seq_ids, outputs, sent, _ = batch
         sent[:] = 0  # 1 for what is sent: after a crash, this says how much that was
