@@ -52,7 +52,7 @@ def race(widths: Sequence[int], threads: Sequence[int], visit: Visit) -> dict[Wi
         threads: Numbers of threads.
         visit: Makes the steps.
     """
-    runs = _Race(visit)
+    runs = _Race(visit, max(threads))
     # The fewest threads first: where others compute as well, threads that wait for each other can make a step
     # a hundred times slower. Fewer threads that are clearly slower for one sequence are so for several, which
     # compute more for what they read.
@@ -70,6 +70,7 @@ def race(widths: Sequence[int], threads: Sequence[int], visit: Visit) -> dict[Wi
 @dataclass
 class _Race:
     visit: Visit
+    most_threads: int
     rates: dict[Width, float] = field(default_factory=dict)
     took: dict[Width, float] = field(default_factory=dict)  # seconds of the latest visit
     spent: float = 0.0  # seconds
@@ -77,13 +78,29 @@ class _Race:
     def round(self, widths: Sequence[Width], budget: float) -> None:
         """Visit each once, but for those that would last too long."""
         for width in widths:
-            # Twice the sequences, or half the threads, take at most twice as long.
-            expected = self.took.get(width, 2 * max(self.took.values(), default=0.0))
-            if self.spent + expected <= budget:
+            if self.spent + self.expected(width) <= budget:
                 steps, seconds = self.visit(width)
                 self.took[width] = seconds
                 self.spent += seconds
                 self.rates[width] = max(self.rates.get(width, 0.0), width.n_seq * steps / seconds)
+
+    def expected(self, width: Width) -> float:
+        """How many seconds a visit lasts at most; of a width that was visited, as many as then."""
+        if width in self.took:
+            return self.took[width]
+        bounds = [seconds * self._growth(known, width) for known, seconds in self.took.items()]
+        # Some models do grow faster than in proportion: at least twice the longest visit so far.
+        return max(min(bounds, default=0.0), 2 * max(self.took.values(), default=0.0))
+
+    def _growth(self, known: Width, width: Width) -> float:
+        """A visit of the second lasts at most so many times as long as one of the first.
+
+        With all threads, steps are taken to grow at most in proportion to the sequences. With fewer, they
+        last longer or shorter, at most in proportion to the threads: shorter for one sequence, where threads
+        that wait for each other gain nothing, longer for several. From few threads to as few, both count.
+        """
+        threads = (self.most_threads / known.n_threads) * (self.most_threads / width.n_threads)
+        return threads * max(1.0, width.n_seq / known.n_seq)
 
     def hopeful(self, share: float) -> list[Width]:
         """Those with so large a share of the best rate, from the smallest."""
