@@ -386,6 +386,12 @@ def test_never_slower_than_sequential(batched: dict[Width, float], alone: dict[W
 )
 # One thread is faster for one sequence and slower for two: with it, twice as many take 8 times as long.
 @example(0.75, [2.0, 1.0, 1.0, 1.0, 1.0], [0.5, 2.0, 1.0, 1.0, 1.0, 1.0])
+# Twice as long for all but one sequence: half of the best rate, but for the last bit.
+@example(
+    0.0015311114411357784,
+    [2.0, 1.2932464874321947, 1.0, 1.5348879844352121, 1.0],
+    [0.5, 1.615201563022253, 2.0, 2.0, 2.0, 2.0],
+)
 def test_a_race_finds_the_fastest_in_time(token: float, grows: list[float], halved: list[float]) -> None:
     """Steps of twice the sequences, or of half the threads, that take at most twice as long."""
     seconds: dict[Width, float] = {}
@@ -404,4 +410,4 @@ def test_a_race_finds_the_fastest_in_time(token: float, grows: list[float], halv
     assert sum(visits) <= max(3.0, visits[0])
     if sum(seconds.values()) < 0.2:  # then there is time for all that may win
         best = max(each.n_seq / seconds[each] for each in seconds if each.n_threads == 2)
-        assert max(found.values()) >= 0.5 * best
+        assert max(found.values()) >= 0.5 * best * (1 - 1e-9)  # rates are rounded
