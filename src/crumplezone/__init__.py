@@ -1,6 +1,7 @@
 """A crumple zone for llama.cpp: decode in a supervised child, survive its crashes, keep the evidence.
 
 Names are loaded when they are first used: a cell, which needs none of them, starts faster.
+The modules beside `errors` and `lowlevel` are private.
 """
 
 from __future__ import annotations
@@ -9,6 +10,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crumplezone import errors as errors
+    from crumplezone import lowlevel as lowlevel
+    from crumplezone.errors import BatchError as BatchError
+    from crumplezone.errors import BatchFullError as BatchFullError
+    from crumplezone.errors import CellDied as CellDied
+    from crumplezone.errors import CellRefused as CellRefused
+    from crumplezone.errors import ContextError as ContextError
+    from crumplezone.errors import CrumplezoneError as CrumplezoneError
+    from crumplezone.errors import InputError as InputError
+    from crumplezone.errors import MemoryLostError as MemoryLostError
+    from crumplezone.errors import ModelError as ModelError
+    from crumplezone.errors import NotShownError as NotShownError
+    from crumplezone.errors import PositionError as PositionError
+    from crumplezone.errors import ReportError as ReportError
+    from crumplezone.errors import SequenceError as SequenceError
+    from crumplezone.errors import SequenceIdError as SequenceIdError
+    from crumplezone.errors import TokenError as TokenError
+    from crumplezone.errors import UsageError as UsageError
     from crumplezone.workers.batch.batch import Batch as Batch
     from crumplezone.workers.batch.results import Result as Result
     from crumplezone.workers.batch.results import Rung as Rung
@@ -25,44 +44,47 @@ if TYPE_CHECKING:
     from crumplezone.workers.llama.objects import StoppingCriteriaList as StoppingCriteriaList
     from crumplezone.workers.model.file import embedded_model as embedded_model
 
-_HOMES = {
-    "Batch": "batch.batch",
-    "Completion": "generate.completion",
-    "Decoder": "decoder",
-    "Embeddings": "embed.embedder",
-    "Llama": "llama.llama",
-    "LlamaGrammar": "llama.objects",
-    "LlamaPromptLookupDecoding": "llama.objects",
-    "LlamaRAMCache": "llama.objects",
-    "LogitsProcessorList": "llama.objects",
-    "StoppingCriteriaList": "llama.objects",
-    "Result": "batch.results",
-    "Rung": "batch.results",
-    "SafeBatchProcessor": "ladder.safe_batch",
-    "Stream": "generate.jobs",
-    "embedded_model": "model.file",
-}
+    __version__: str
 
-__all__ = [
-    "Batch",
-    "Completion",
-    "Decoder",
-    "Embeddings",
-    "Llama",
-    "LlamaGrammar",
-    "LlamaPromptLookupDecoding",
-    "LlamaRAMCache",
-    "LogitsProcessorList",
-    "Result",
-    "Rung",
-    "SafeBatchProcessor",
-    "StoppingCriteriaList",
-    "Stream",
-    "embedded_model",
-]
+# What a type checker reads above, for Python; tests/architecture/test_public_names.py compares the two.
+_NAMES = {
+    "errors": (
+        *("BatchError", "BatchFullError", "CellDied", "CellRefused", "ContextError", "CrumplezoneError"),
+        *("InputError", "MemoryLostError", "ModelError", "NotShownError", "PositionError", "ReportError"),
+        *("SequenceError", "SequenceIdError", "TokenError", "UsageError"),
+    ),
+    "workers.batch.batch": ("Batch",),
+    "workers.decoder": ("Decoder",),
+    "workers.embed.embedder": ("Embeddings",),
+    "workers.generate.jobs": ("Stream",),
+    "workers.llama.llama": ("Llama",),
+    "workers.llama.objects": (
+        *("LlamaGrammar", "LlamaPromptLookupDecoding", "LlamaRAMCache"),
+        *("LogitsProcessorList", "StoppingCriteriaList"),
+    ),
+    "workers.model.file": ("embedded_model",),
+    "workers.batch.results": ("Result", "Rung"),
+    "workers.generate.completion": ("Completion",),
+    "workers.ladder.safe_batch": ("SafeBatchProcessor",),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+_MODULES = ("errors", "lowlevel")
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"crumplezone.workers.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(f"crumplezone.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"crumplezone.{name}")
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("crumplezone")
     raise AttributeError(f"module 'crumplezone' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    ours = (name for name in globals() if name.startswith("__"))
+    return sorted({*__all__, *_MODULES, "__version__", *ours})

@@ -50,9 +50,9 @@ TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in FILES.items(
 
 def module_of(name: str) -> str:
     """Of ``workers.batch.batch.Batch`` the part that is a module."""
-    while name not in FILES:
+    while name and name not in FILES:
         name = name.rpartition(".")[0]
-    return name
+    return name or "__init__"
 
 
 IMPORTS = {

@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import crumplezone
+import tests
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(tests.__file__).parent.parent
+"""The folder of pyproject.toml, tests, docs, examples and benchmarks: of a checkout, or of an unpacked sdist."""
+
 PACKAGE = Path(crumplezone.__file__).parent
+"""The package as it is imported. The rooms are below it: links in a checkout, folders elsewhere."""
+
 ROOMS = ("reports", "sandbox", "workers", "diagnostics")
 
 
