@@ -26,7 +26,7 @@ from crumplezone.reports.analysis.signature import sign
 from crumplezone.reports.formats.text import render
 from crumplezone.reports.records.report import Evidence, Exit, Frame, ModelRecord, Report, Thread
 from crumplezone.reports.store.store import Store
-from tests.support.cli import COMMAND, crumplezone
+from tests.support.cli import COMMAND, crumplezone, read_until
 from tests.support.records.reports import ESCAPE, full, plant
 
 VERBS = ["list", "show", "group", "diff", "replay", "minimise", "script", "export", "html", "prune"]
@@ -97,21 +97,9 @@ def on_terminal(cwd: Path, columns: int, *arguments: str | Path) -> tuple[int, s
     command = [*COMMAND, "triage", *map(str, arguments)]
     with subprocess.Popen(command, cwd=cwd, env=env, stdout=slave, stderr=slave) as child:
         os.close(slave)
-        shown = read_until(master, None)
+        shown = read_until(master, b"")
     os.close(master)
     return child.returncode, shown.decode().replace("\r\n", "\n")
-
-
-def read_until(terminal: int, wanted: bytes | None) -> bytes:
-    """Read from a terminal until something appears, or (None) until its end."""
-    shown = b""
-    while wanted is None or wanted not in shown:
-        try:
-            shown += os.read(terminal, 65536)
-        except OSError:  # Linux says EIO at the end of a terminal
-            assert wanted is None, shown
-            break
-    return shown
 
 
 def test_help_lists_the_verbs_in_the_order_of_work_and_the_exit_codes(tmp_path: Path) -> None:
@@ -259,7 +247,7 @@ def test_ctrl_c_keeps_the_smallest_so_far(cwd: Path, crashes: list[Report]) -> N
         os.close(slave)
         begun = read_until(master, b" tests: ")
         child.send_signal(signal.SIGINT)
-        said = (begun + read_until(master, None)).decode()
+        said = (begun + read_until(master, b"")).decode()
         assert child.stdout is not None
         shown = child.stdout.read()
     os.close(master)

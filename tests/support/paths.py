@@ -10,7 +10,7 @@ import crumplezone
 import tests
 
 ROOT = Path(tests.__file__).parent.parent
-"""The folder of pyproject.toml, tests, docs, examples and benchmarks: of a checkout, or of an unpacked sdist."""
+"""The folder of pyproject.toml, tests, docs, examples and benchmarks, in a checkout or an unpacked sdist."""
 
 PACKAGE = Path(crumplezone.__file__).parent
 """The package as it is imported. The rooms are below it: links in a checkout, folders elsewhere."""

@@ -14,7 +14,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+from typer.main import get_command
 
+import crumplezone
+from crumplezone.cli import output
 from crumplezone.cli.ci import ci
 from crumplezone.cli.exec import execute
 from crumplezone.cli.output import AsJson
@@ -26,7 +30,6 @@ SOME_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Run llama.cpp where its crashes cannot reach you, and look at the ones that happened.",
@@ -38,8 +41,29 @@ app.command()(ci)
 app.command("exec", context_settings={"allow_interspersed_args": False})(execute)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"crumplezone {crumplezone.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _begin(context: typer.Context) -> None:
+def _begin(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+    _quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            callback=output.be_quiet,
+            help="Only results and errors: no progress, no hints.",
+        ),
+    ] = False,
+) -> None:
     # Inherited as ignored, it would let nobody know how a cell has ended. `exec` does this itself: its
     # program is to inherit what was.
     if context.invoked_subcommand != "exec" and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
@@ -104,6 +128,21 @@ def doctor(model: ModelOption = None, reports: ReportsOption = None, as_json: As
     raise typer.Exit(SOME_FAILED if show(model, reports, as_json=as_json) else 0)
 
 
+def _command_line() -> TyperGroup:
+    """All commands, each with the option --quiet of the first one: it is looked for in both places."""
+    root = get_command(app)
+    assert isinstance(root, TyperGroup)
+    (quiet,) = [option for option in root.params if "--quiet" in option.opts]
+    quiet.expose_value = False
+    groups = [root]
+    for group in groups:
+        for command in group.commands.values():
+            command.params.append(quiet)
+            if isinstance(command, TyperGroup):
+                groups.append(command)
+    return root
+
+
 class _Printable(logging.Formatter):
     """Records from a cell are untrusted: no escape codes to the terminal."""
 
@@ -119,7 +158,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, handlers=[handler])
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app()
+        _command_line()()
     except (InputError, ReportError) as error:
         stderr.print(f"crumplezone: {printable(str(error))}", markup=False, style="bold red")
         sys.exit(USAGE)

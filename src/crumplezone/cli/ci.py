@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from crumplezone.cli.output import is_quiet
 from crumplezone.errors import InputError
 from crumplezone.reports.formats import summary
 from crumplezone.reports.printable import printable
@@ -105,13 +106,15 @@ def _progress(total: int) -> Iterator[Watch]:
     with Progress(
         *columns,
         console=console,
-        disable=not console.is_terminal,
+        disable=is_quiet() or not console.is_terminal,
         redirect_stdout=False,
         redirect_stderr=False,
     ) as progress:
         task = progress.add_task("cases", total=total)
 
         def watch(case: CaseRecord) -> None:
+            if is_quiet():
+                return
             if not console.is_terminal:
                 _echo(_line(case), err=True)
             elif case.ending is not Ending.PASS:

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from crumplezone.cli.output import is_quiet
 from crumplezone.reports.formats import text
 from crumplezone.reports.printable import printable
 from crumplezone.reports.store.store import Store
@@ -56,7 +57,9 @@ def show(model: Path | None, reports: Path | None) -> None:
         summary = text.summary(Store(directory.parent).read(directory.name))
         console.print(Panel(Text(summary), title="What happened", border_style="red"))
         console.print(f"Report: {report}", markup=False, soft_wrap=True)
-        console.print(f"Read it with: crumplezone triage show {directory.name}", markup=False, soft_wrap=True)
+        if not is_quiet():
+            read = f"Read it with: crumplezone triage show {directory.name}"
+            console.print(read, markup=False, soft_wrap=True)
 
 
 def _generate(console: Console, decoder: Decoder) -> None:

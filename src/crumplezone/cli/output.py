@@ -1,4 +1,4 @@
-"""What the triage verbs share: the store, identifiers, tables and JSON."""
+"""What the commands share: the store, identifiers, tables and JSON; what --quiet leaves out."""
 
 from __future__ import annotations
 
@@ -33,12 +33,31 @@ Model = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write here. [default: stdout]")]
 
+_quiet = False
+
 _AGO = re.compile(r"(\d{1,6})([mhdw])")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _GAP = "  "
 _FAIR = 26  # characters: as much as a column gets before another is left out for it
 _LEAST = 8
 _BREAK = re.compile(r"(?<=\s)|(?<=::)")
+
+
+def be_quiet(wanted: bool) -> None:
+    """Leave out what is neither a result nor an error from now on: progress, and hints."""
+    global _quiet  # of the process: it runs one command
+    _quiet = _quiet or wanted
+
+
+def is_quiet() -> bool:
+    """Whether only results and errors are wanted."""
+    return _quiet
+
+
+def hint(text: str) -> None:
+    """Say on stderr what is neither a result nor an error. It must be safe to print."""
+    if not _quiet:
+        typer.echo(text, err=True)
 
 
 def open_store(reports: Path | None) -> Store:
@@ -177,4 +196,4 @@ def write_out(out: Path | None, data: bytes) -> None:
         out.write_bytes(data)  # in place: /dev/stdout and links are what they are
     except OSError as error:
         raise ReportError(f"{printable(str(out))} cannot be written: {error.strerror}") from error
-    typer.echo(f"wrote {printable(str(out))} ({plural(len(data), 'byte')})", err=True)
+    hint(f"wrote {printable(str(out))} ({plural(len(data), 'byte')})")

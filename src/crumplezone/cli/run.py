@@ -15,6 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from crumplezone.cli.output import is_quiet
 from crumplezone.errors import InputError
 from crumplezone.workers.decoder import Decoder
 from crumplezone.workers.generate.completion import Completion
@@ -176,7 +177,7 @@ class Output:
 @contextlib.contextmanager
 def _progress(console: Console, total: int, done: int) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=is_quiet() or not console.is_terminal) as progress:
         progress.add_task("prompts", total=total, completed=done)
         yield progress
 
@@ -211,6 +212,8 @@ def complete(job: Job) -> int:
                     failed += completion.error is not None
                     reports.update(completion.reports)
                     progress.advance(progress.task_ids[0])
+    if is_quiet() and not failed:
+        return 0
     kept = f" ({len(output.done)} were there already)" if output.done else ""
     console.print(
         f"{len(prompts)} prompts: {len(todo)} done now{kept}, {failed} failed -> {job.out}", markup=False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
-import select
 import signal
 import subprocess
 import termios
@@ -127,21 +126,6 @@ def test_on_a_terminal_it_is_on_a_terminal_and_one_ctrl_c_is_one(store: Store) -
     assert b"[True, True, True] os.terminal_size(columns=99, lines=33)\r\n" in text
     assert b"\r\r" not in text
     assert b"line 1\r\n" in text
-
-
-def read_until(fd: int, end: bytes) -> bytes:
-    """What a terminal shows, or a pipe brings, until there is such a text; all of it, if that is empty."""
-    text = b""
-    while not end or end not in text:
-        assert select.select([fd], [], [], 30)[0], text
-        try:
-            data = os.read(fd, 4096)
-        except OSError:  # nobody has the terminal open any more
-            return text
-        if not data:  # nor the pipe
-            return text
-        text += data
-    return text
 
 
 LEAVES = """

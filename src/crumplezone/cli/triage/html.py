@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from crumplezone.cli.output import Out, Reports, emptiness, open_store, read_report, write_out
+from crumplezone.cli.output import Out, Reports, emptiness, hint, open_store, read_report, write_out
 from crumplezone.errors import InputError, ReportError
 from crumplezone.reports.records.report import Report
 from crumplezone.reports.store.store import Store
@@ -38,7 +38,7 @@ def html(
         wanted = dict.fromkeys(read_report(store, each).id for each in report_ids)
         rows = [row for row in rows if row.id in wanted]
     elif not rows:
-        typer.echo(emptiness(store), err=True)
+        hint(emptiness(store))
     found = list(_read(store, page.pick(rows)))
     shown = page.render(None, found, rows, {} if report_ids else store.counts())
     write_out(out, shown.encode())

@@ -18,6 +18,8 @@ from crumplezone.cli.output import (
     ReportId,
     Reports,
     about,
+    hint,
+    is_quiet,
     open_store,
     plural,
     print_json,
@@ -90,11 +92,10 @@ def minimise(
 
     store = open_store(reports)
     report = read_report(store, report_id)
+    watched = sys.stderr.isatty() and not is_quiet()
     try:
         with about(report):
-            found = reduce(
-                report, model, tests_max=tests, on_progress=_progress if sys.stderr.isatty() else None
-            )
+            found = reduce(report, model, tests_max=tests, on_progress=_progress if watched else None)
     except NotShownError as error:
         typer.echo(printable(str(error)), err=True)
         raise typer.Exit(NOT_SHOWN) from None
@@ -128,7 +129,11 @@ def script(report_id: ReportId, out: Out = None, model: Model = None, reports: R
         text = write(report, model)
         run = check(text, report, model)
     write_out(out, text.encode())
-    typer.echo(printable(f"checked in a cell: {_outcome(run)}"), err=True)
+    said = printable(f"checked in a cell: {_outcome(run)}")
+    if run.same:
+        hint(said)
+    else:
+        typer.echo(said, err=True)
     raise typer.Exit(0 if run.same else NOT_SHOWN)
 
 
@@ -209,7 +214,8 @@ def _print_minimised(report: Report, found: Minimised, minimal: Minimal | None) 
         typer.echo(printable(step))
     if minimal:
         typer.echo(printable(f"minimal: {_shape(minimal.batch)}, after {plural(found.tests, 'test')}"))
-        typer.echo(printable(f"next: crumplezone triage script {report.id}"))
+        if not is_quiet():
+            typer.echo(printable(f"next: crumplezone triage script {report.id}"))
 
 
 def _shape(batch: BatchRecord) -> str:
