@@ -203,6 +203,8 @@ def test_a_crash_is_replayed_minimised_scripted_and_exported(
     assert written.returncode == 0, written.stderr
     assert "wrote crash.py" in written.stderr
     assert "checked in a cell: the recorded crash: SIGSEGV in" in written.stderr
+    quiet = triage(cwd, "script", report.id, "--out", "crash.py", "--model", tiny, "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
     assert triage(cwd, "export", report.id, "--format", "zip", "--out", "x.zip").returncode == 0
     with zipfile.ZipFile(cwd / "x.zip") as archive:
