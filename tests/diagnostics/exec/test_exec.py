@@ -14,6 +14,7 @@ import pytest
 
 from crumplezone.reports.records.report import Exit
 from crumplezone.reports.store.store import Store
+from tests.support.cli import read_until
 from tests.support.decoders import read_all, wait_for_end
 from tests.support.processes.programs import EXEC, PYTHON, armed, plain
 
