@@ -123,7 +123,7 @@ class Decoder:
             Path(reports) if reports else default_directory(), redacted=redact
         )
         self._cells = Cells.of(config, limits, reporter, start, spares)
-        self._native = self._cells.runner(config)
+        self._native = self._cells.decode_client(config)
         self._session = MemorySession(self._native, reporter, checkpoint_every)
         self._descent = SafeRungs(self._native, reporter) if safe_fallback else None
         self._ladder = Ladder(self._session, self._descent, reporter, preflight=preflight)

@@ -73,7 +73,7 @@ def check_texts(field: str, value: object) -> None:
     raise InputError(field, value, "must be a list of texts, or another iterable of them")
 
 
-class ModelError(CrumplezoneError):
+class ModelError(CrumplezoneError, ValueError):
     """A model file that is missing, is not GGUF, or that llama.cpp could not load.
 
     Attributes:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone import Batch, Completion, Decoder, Result
+from crumplezone import Batch, Completion, Decoder, Llama, Result
 from crumplezone.reports.records.report import BatchRecord, Evidence, Exit, Fault, ModelRecord, Report
 from crumplezone.reports.store.store import Store
 from crumplezone.workers.cells.targets import Kind
 
 Open = Callable[..., Decoder]
+OpenLlama = Callable[..., Llama]
 Dose = Callable[..., None]
 Plant = Callable[[Kind, str], None]
 Job = Callable[[Decoder], object]

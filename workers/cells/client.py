@@ -9,11 +9,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.cells.source import CellSource
-from crumplezone.workers.protocol.messages import Load, Remembered, Save, Saved
+from crumplezone.workers.protocol.messages import Save, Saved
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _Info = TypeVar("_Info", bound=msgspec.Struct)
@@ -71,6 +72,14 @@ class CellClient(Generic[_Info]):
         """
         self._info = self._source.probe(self._kind)
 
+    def seed_info(self, kind: type[_T]) -> _T | None:
+        """What the zygote says of itself, checked against a type; None where cells are spawned.
+
+        Raises:
+            ModelError, CrumplezoneError, CellDied, UsageError: As `start`.
+        """
+        return self._source.seed_info(kind)
+
     def start(self) -> Cell:
         """The running cell, where a job begins; a new one if there is none, or if it died while it waited.
 
@@ -98,14 +107,16 @@ class CellClient(Generic[_Info]):
         """Wait until every spare is there; False if that takes longer (seconds), or none is made any more."""
         return self._source.wait_for_spares(timeout)
 
-    def save(self, seq_id: int) -> bytes:
-        """The state of a sequence, from a cell that answers `Save`.
+    def save(self, seq_id: int, most: int = 2**40) -> bytes:
+        """The state of a sequence, from a cell that answers `Save`; of more than ``most`` bytes, nothing.
 
         Raises:
             CellDied: The cell was lost.
         """
         cell = self.running()
         size = self._call(Save(seq_id), Saved).size
+        if size > most:
+            return b""
         if size > cell.arena.room:
             cell.arena.reserve([("u1", size)])
             size = self._call(Save(seq_id), Saved).size
@@ -113,16 +124,6 @@ class CellClient(Generic[_Info]):
             raise self._lie(f"says that a state has {size} bytes")
         (state,) = cell.arena.arrays([("u1", size)])
         return state.tobytes()
-
-    def load(self, seq_id: int, state: bytes) -> Remembered:
-        """Replace a sequence by a saved state.
-
-        Raises:
-            CellDied: The cell was lost.
-        """
-        (room,) = self.running().arena.arrays([("u1", len(state))])
-        room[:] = np.frombuffer(state, np.uint8)
-        return self._call(Load(seq_id, len(state)), Remembered)
 
     def _use(self, cell: Cell) -> Cell:
         if cell is not self._cell:
@@ -160,10 +161,10 @@ class CellClient(Generic[_Info]):
         if not finite.all():
             raise self._condemn(Exit.NON_FINITE, f"NaN or infinity in the {what} {int(finite.argmin())}")
 
-    def _lie(self, what: str) -> Exception:
+    def _lie(self, what: str) -> CellDied:
         """The error to raise when a living cell said what cannot be."""
         return self._condemn(Exit.PROTOCOL, f"the cell {what}")
 
-    def _condemn(self, how: Exit, why: str) -> Exception:
+    def _condemn(self, how: Exit, why: str) -> CellDied:
         assert self._cell is not None
         return self._cell.condemn(how, why)

@@ -33,6 +33,7 @@ from crumplezone.workers.protocol.messages import (
     Generate,
     Generated,
     Join,
+    Load,
     MemoryOperation,
     Remembered,
     Resize,
@@ -133,6 +134,18 @@ class DecodeClient(CellClient[CellInfo]):
             CellDied: The cell was lost.
         """
         remembered = self._call(request, Remembered)
+        self._checked(remembered.spans)
+        return remembered
+
+    def load(self, seq_id: int, state: bytes) -> Remembered:
+        """Replace a sequence by a saved state.
+
+        Raises:
+            CellDied: The cell was lost.
+        """
+        (room,) = self.running().arena.arrays([("u1", len(state))])
+        room[:] = np.frombuffer(state, np.uint8)
+        remembered = self._call(Load(seq_id, len(state)), Remembered)
         self._checked(remembered.spans)
         return remembered
 

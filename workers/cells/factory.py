@@ -1,17 +1,21 @@
-"""Where the cells of one decoder come from, and what holds for all of them."""
+"""Where the cells of one owner come from, and what holds for all of them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args
+
+import msgspec
 
 from crumplezone.errors import InputError, check_integer
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.cells.decode_client import DecodeClient
-from crumplezone.workers.cells.targets import SEEDS
+from crumplezone.workers.cells.source import CellSource
+from crumplezone.workers.cells.targets import SEEDS, Kind, Seed
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import CellConfig
@@ -20,9 +24,20 @@ Start = Literal["auto", "zygote", "spawn"]
 _SPARES_MAX = 64
 
 
+class Spawnable(Protocol):
+    """A configuration of cells."""
+
+    @property
+    def n_gpu_layers(self) -> int:
+        """Layers to offload."""
+
+    def context(self) -> CellConfig:
+        """As reports have it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Makes the runners of a decoder.
+    """Makes the sources of cells of one owner.
 
     Attributes:
         limits: Of every call and every cell.
@@ -38,7 +53,13 @@ class Cells:
 
     @classmethod
     def of(
-        cls, config: CellConfig, limits: Limits, reporter: Reporter, start: Start, spares: int | None
+        cls,
+        config: Spawnable,
+        limits: Limits,
+        reporter: Reporter,
+        start: Start,
+        spares: int | None,
+        seed: Seed = "context",
     ) -> Self:
         """As a caller wants it; nothing is started.
 
@@ -54,19 +75,36 @@ class Cells:
             check_integer("spares", spares, 0, _SPARES_MAX)
         zygote = None
         if start == "zygote" or (start == "auto" and not config.n_gpu_layers and sys.platform == "linux"):
-            spec = CellSpec(SEEDS["context"], config, memory_limit=limits.memory)
+            assert isinstance(config, msgspec.Struct)
+            spec = CellSpec(SEEDS[seed], config, memory_limit=limits.memory)
+            context = config.context()
 
             def report(incident: Incident) -> None:
-                reporter.file_lone(incident, "zygote", "it was started again", config, None)
+                reporter.file_lone(incident, "zygote", "it was started again", context, None)
 
             zygote = Zygote(spec, report)
         return cls(limits, reporter, zygote, int(zygote is not None) if spares is None else spares)
 
-    def runner(self, config: CellConfig) -> DecodeClient:
-        """A runner with cells of its own."""
+    def source(
+        self, kind: Kind, config: Any, spares: int, *, owner: str, refusals: Mapping[str, type[Exception]]
+    ) -> CellSource:
+        """Cells of a kind; see `CellSource`."""
+        return CellSource(
+            kind,
+            config,
+            self.limits,
+            self.reporter,
+            self.zygote,
+            spares,
+            owner=owner,
+            refusals=refusals,
+        )
+
+    def decode_client(self, config: CellConfig) -> DecodeClient:
+        """A client with cells of its own."""
         return DecodeClient(config, self.limits, self.reporter, zygote=self.zygote, spares=self.spares)
 
     def close(self) -> None:
-        """End what was started here. Shut the runners first."""
+        """End what was started here. Close the clients first."""
         if self.zygote:
             self.zygote.close()

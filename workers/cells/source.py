@@ -81,11 +81,19 @@ class CellSource:
         Raises:
             ModelError, CrumplezoneError, CellDied, UsageError: As `start`.
         """
-        found = None
-        if self._zygote:
-            with self._translated():
-                found = self._zygote.info(kind)
+        found = self.seed_info(kind)
         return self.start().info(kind) if found is None else found
+
+    def seed_info(self, kind: type[_T]) -> _T | None:
+        """What the zygote says of itself; None where cells are spawned.
+
+        Raises:
+            ModelError, CrumplezoneError, CellDied, UsageError: As `start`.
+        """
+        if self._zygote is None:
+            return None
+        with self._translated():
+            return self._zygote.info(kind)
 
     def start(self) -> Cell:
         """The running cell, where a job begins; a new one if there is none, or if it died while it waited.
@@ -165,7 +173,9 @@ class CellSource:
 
     def _loader_crashed(self, died: CellDied, reporter: Reporter) -> ModelError:
         result = "the model could not be loaded"
-        path = reporter.file_lone(died.incident, "while loading the model", result, self.config, None)
+        path = reporter.file_lone(
+            died.incident, "while loading the model", result, self.config.context(), None
+        )
         reporter.flush()
         evidence: Evidence = died.incident.evidence.result()
         what = text.summary(Report("", "", evidence, result=result))
@@ -183,7 +193,7 @@ def report_idle(reporter: Reporter | None, config: Any, incident: Incident) -> N
     if reporter:
         doing = "while it waited for work" if incident.phase == "idle" else "in reserve"
         result = "another process takes its place; no job was touched"
-        reporter.file_lone(incident, doing, result, config, None)
+        reporter.file_lone(incident, doing, result, config.context(), None)
 
 
 def _warm(deadline: float | None, cell: Cell) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 Kind = Literal["decode", "embed", "width", "llama"]
+Seed = Literal["context", "llama"]
 
 TARGETS: dict[Kind, str] = {
     "decode": "crumplezone.workers.native.decode_cell:DecodeCell",
     "embed": "crumplezone.workers.native.embed_cell:EmbedCell",
     "width": "crumplezone.workers.native.width_cell:WidthCell",
-    "llama": "crumplezone.workers.native.llama_cell:LlamaCell",
+    "llama": "crumplezone.workers.native.llama.cell:LlamaCell",
 }
 """Tests plant a poisoned cell here, and nowhere else."""
 
-SEEDS: dict[Literal["context", "llama"], str] = {
+SEEDS: dict[Seed, str] = {
     "context": "crumplezone.workers.native.model:preload",
-    "llama": "crumplezone.workers.native.llama_replay:preload",
+    "llama": "crumplezone.workers.native.llama.seed:preload",
 }
 """What a zygote loads: the model of a `CellConfig`, or that of a ``llama_cpp.Llama``."""

@@ -69,7 +69,7 @@ class Plan:
             n_seq_max=n_seq_max,
             n_threads=width.n_threads,
         )
-        runner, reporter = self.cells.runner(config), self.cells.reporter
+        runner, reporter = self.cells.decode_client(config), self.cells.reporter
         session = MemorySession(runner, reporter, adapters=self.adapters)
         descent = SafeRungs(runner, reporter) if self.safe_fallback else None
         ladder = Ladder(session, descent, reporter, preflight=self.preflight)

@@ -14,7 +14,7 @@ from crumplezone.workers.batch.call import DecodeOptions, Rows
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.results import Result
 from crumplezone.workers.batch.validate import MemoryState, validate
-from crumplezone.workers.cells.decode_client import DecodeClient
+from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.rungs import SafeRungs
@@ -33,6 +33,10 @@ class SafeBatchProcessor:
         deadline: Seconds until a native call counts as hung, or None.
         reports: The report store; None for the default place.
         redact: Keep token ids, prompt text and paths out of the reports.
+        start: How cells are started: "zygote" (forked from a process that has loaded the model), "spawn"
+            (each loads it), or "auto": forked where that is safe.
+        spares: Warm cells that wait to take over from one that dies. None: 1, or 0 if each would load the
+            model again.
 
     Raises:
         InputError: A parameter is out of range.
@@ -49,11 +53,13 @@ class SafeBatchProcessor:
         deadline: float | None = 300.0,
         reports: str | Path | None = None,
         redact: bool = False,
+        start: Start = "auto",
+        spares: int | None = None,
     ) -> None:
         self._config = configure(model, n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
-        limits = Limits(deadline, None)
         self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
-        self._descent = SafeRungs(DecodeClient(self._config, limits, self._reporter), self._reporter)
+        self._cells = Cells.of(self._config, Limits(deadline, None), self._reporter, start, spares)
+        self._descent = SafeRungs(self._cells.decode_client(self._config), self._reporter)
 
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
         """Decode each sequence from empty memory; a sequence that crashes alone fails alone.
@@ -84,6 +90,7 @@ class SafeBatchProcessor:
         """End the cell and finish the reports."""
         self._descent.runner.close()
         self._reporter.close()
+        self._cells.close()  # last: it reaps those that are being examined
 
     def __enter__(self) -> Self:
         return self

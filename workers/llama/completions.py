@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 
 from crumplezone.errors import InputError
+from crumplezone.workers.llama.calls.session import Session, decoded
+from crumplezone.workers.llama.calls.task import Task
 from crumplezone.workers.llama.objects import grammar_of
-from crumplezone.workers.llama.session import Session, decoded
-from crumplezone.workers.llama.task import Task
 
 Json = dict[str, Any]
 Stop = str | list[str] | None

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from crumplezone.workers.llama.calls.session import Session, decoded
 from crumplezone.workers.llama.completions import task_of
-from crumplezone.workers.llama.session import Session, decoded
 from crumplezone.workers.protocol.config import Token
-from crumplezone.workers.protocol.llama import LlamaInfo
+from crumplezone.workers.protocol.llama import LlamaInfo, common_prefix
 
 
 class Facts:
@@ -91,7 +91,7 @@ class Facts:
     @staticmethod
     def longest_token_prefix(a: Sequence[int], b: Sequence[int]) -> int:
         """How many tokens two sequences have in common from the start."""
-        return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return common_prefix(a, b)
 
 
 class LlamaTokenizer:

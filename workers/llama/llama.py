@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CrumplezoneError, InputError, UsageError, check_integer
+from crumplezone.errors import CrumplezoneError, InputError, ModelError, UsageError, check_integer
 from crumplezone.reports.store.store import default_directory
+from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.incidents.reporter import Reporter
+from crumplezone.workers.llama.calls.session import Session, decoded
 from crumplezone.workers.llama.completions import Completions, Criteria, Processors, task_of
 from crumplezone.workers.llama.facts import Facts
 from crumplezone.workers.llama.objects import LlamaState, capacity_of, lookup_of
-from crumplezone.workers.llama.session import Session, check_model, decoded
+from crumplezone.workers.model.file import check_file
 from crumplezone.workers.model.hub import download
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import Token
 from crumplezone.workers.protocol.llama import LlamaConfig
 
+_OWN = ("reports", "deadline", "memory_limit", "redact", "start", "spares")
 _DEFAULT_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 _KEPT = ["model_path", "tensor_split", "kv_overrides", "last_n_tokens_size", "lora_base", "lora_scale"]
 _KEPT += ["lora_path", "spm_infill", "verbose", "n_threads", "n_threads_batch"]
@@ -58,10 +61,15 @@ class Llama(Facts, Completions):
             hung, or None.
         memory_limit: Bytes of resident memory above which the cell is killed, or None.
         redact: Keep token ids, prompt text and paths out of the reports.
+        start: How its cells are started: "zygote" (forked from a process that has loaded the model), "spawn"
+            (each loads it), or "auto": "spawn" with layers to offload, and where forking is not safe.
+        spares: Warm cells that wait to take over from one that dies, each with a context of its own. None: 1,
+            but 0 where each would load the model again, with ``logits_all``, or if the context takes more
+            than 512 MiB; the logger ``crumplezone`` says so.
         kwargs: Ignored, as in the original.
 
     Raises:
-        ModelError: The file is missing or no model (for llama.cpp's own refusal also a ValueError).
+        ModelError: The file is missing or no model. It is a ValueError too, as the original's.
         InputError: A parameter cannot be sent.
         UsageError: An object was passed whose code would have to run in the cell.
     """
@@ -118,12 +126,14 @@ class Llama(Facts, Completions):
         deadline: float | None = 300.0,
         memory_limit: int | None = None,
         redact: bool = False,
+        start: Start = "auto",
+        spares: int | None = None,
         **kwargs: Any,
     ) -> None:
         given = {
             name: value for name, value in locals().items() if name not in {"self", "kwargs", "__class__"}
         }
-        own = {name: given.pop(name) for name in ("reports", "deadline", "memory_limit", "redact")}
+        own = {name: given.pop(name) for name in _OWN}
         _refuse_code(given.pop("chat_handler"), given.pop("tokenizer"))
         lookup = lookup_of(given.pop("draft_model"))
         check_integer("n_ctx", n_ctx, 0, 2**31 - 1)
@@ -135,9 +145,11 @@ class Llama(Facts, Completions):
         self._rest = own | {"draft_model": draft_model}
         limits = Limits(deadline, memory_limit)
         path = Path(model_path).absolute()
-        check_model(path)
+        _check_model(path)
+        config = LlamaConfig(str(path), self._parameters, lookup)
         reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
-        self._session = Session(LlamaConfig(str(path), self._parameters, lookup), limits, reporter)
+        cells = Cells.of(config, limits, reporter, start, spares, "llama")
+        self._session = Session(config, cells, spares)
         self._cache: Any = None
         self.n_batch = self._info.cell.n_batch
         self.numa = int(numa)
@@ -150,18 +162,18 @@ class Llama(Facts, Completions):
     @property
     def n_tokens(self) -> int:
         """How many tokens are evaluated. A smaller number forgets the ones behind it."""
-        return len(self._session.standing.tokens)
+        return len(self._session.snapshot.tokens)
 
     @n_tokens.setter
     def n_tokens(self, n_tokens: int) -> None:
         check_integer("n_tokens", n_tokens, 0, self.n_tokens, ", the number of evaluated tokens")
-        del self._session.standing.tokens[n_tokens:]
+        del self._session.snapshot.tokens[n_tokens:]
 
     @property
     def input_ids(self) -> npt.NDArray[np.intc]:
         """The evaluated tokens, int32, shape (n_ctx,), zeros behind them. A copy."""
         ids = np.zeros(self.n_ctx(), np.intc)
-        ids[: self.n_tokens] = self._session.standing.tokens
+        ids[: self.n_tokens] = self._session.snapshot.tokens
         return ids
 
     @property
@@ -178,7 +190,7 @@ class Llama(Facts, Completions):
     @property
     def eval_tokens(self) -> deque[int]:
         """The evaluated tokens."""
-        return deque(self._session.standing.tokens, maxlen=self.n_ctx())
+        return deque(self._session.snapshot.tokens, maxlen=self.n_ctx())
 
     @property
     def eval_logits(self) -> deque[list[float]]:
@@ -189,14 +201,14 @@ class Llama(Facts, Completions):
     @property
     def chat_format(self) -> str | None:
         """Name of the chat format."""
-        return self._session.standing.chat_format
+        return self._session.snapshot.chat_format
 
     @chat_format.setter
     def chat_format(self, chat_format: str | None) -> None:
         if chat_format not in {None, *self._info.chat_formats}:
             known = ", ".join(self._info.chat_formats)
             raise InputError("chat_format", chat_format, f"must be one of {known}")
-        self._session.standing.chat_format = chat_format
+        self._session.snapshot.chat_format = chat_format
 
     @property
     def cache(self) -> Any:
@@ -205,12 +217,12 @@ class Llama(Facts, Completions):
 
     def set_cache(self, cache: Any) -> None:
         """Keep the states of finished prompts in a `LlamaRAMCache`, or None: no longer."""
-        self._session.standing.cache, self._cache = capacity_of(cache), cache
+        self._session.snapshot.cache, self._cache = capacity_of(cache), cache
 
     def set_seed(self, seed: int) -> None:
         """Set the random seed."""
         check_integer("seed", seed, -(2**63), 2**64 - 1)
-        self._session.standing.seed = int(seed)
+        self._session.snapshot.seed = int(seed)
 
     def reset(self) -> None:
         """Forget the evaluated tokens."""
@@ -272,9 +284,9 @@ class Llama(Facts, Completions):
     def save_state(self) -> LlamaState:
         """The evaluated tokens with llama.cpp's memory of them."""
         raw = self._session.call(task_of("state_bytes", {}), bytes)
-        standing = self._session.standing
+        snapshot = self._session.snapshot
         scores = self.scores[: self.n_tokens]
-        return LlamaState(self.input_ids, scores, self.n_tokens, raw, len(raw), standing.seed)
+        return LlamaState(self.input_ids, scores, self.n_tokens, raw, len(raw), snapshot.seed)
 
     def load_state(self, state: LlamaState) -> None:
         """Go back to a state. After a crash its tokens are evaluated again.
@@ -299,7 +311,12 @@ class Llama(Facts, Completions):
     @property
     def pid(self) -> int | None:
         """Process id of the cell, or None while there is none."""
-        return self._session.pid
+        return next(iter(self.processes["cell"]), None)
+
+    @property
+    def processes(self) -> dict[str, list[int]]:
+        """Process ids: of the "zygote", the "cell" and the "spares"."""
+        return self._session.processes
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
@@ -310,8 +327,8 @@ class Llama(Facts, Completions):
         self._session.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        standing = self._session.standing
-        now = {"seed": standing.seed, "chat_format": standing.chat_format}
+        snapshot = self._session.snapshot
+        now = {"seed": snapshot.seed, "chat_format": snapshot.chat_format}
         return self._parameters | self._rest | now | {"numa": self.numa, "chat_handler": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -349,6 +366,17 @@ class Llama(Facts, Completions):
             cache_dir=cache_dir,
         )
         return cls(model_path=path, **kwargs)
+
+
+def _check_model(path: Path) -> None:
+    """Refuse what is certainly no model; where there is no file, in the original's words."""
+    try:
+        check_file(path)
+    except ModelError as error:
+        if path.exists():
+            raise
+        problem = str(error).partition(": ")[2]
+        raise ModelError(str(path), f"Model path does not exist: {path}; {problem}") from error
 
 
 def _refuse_code(chat_handler: object, tokenizer: object) -> None:

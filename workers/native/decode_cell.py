@@ -100,7 +100,7 @@ class DecodeCell:
                     return self._remembered(native_memory.operate(self.memory, request))
             case Save() | Load():
                 self._settle()
-                return self._save(request) if isinstance(request, Save) else self._load(request)
+                return self._stated(request)
             case Resize():
                 self._resize(request)
                 return self._info
@@ -236,12 +236,10 @@ class DecodeCell:
             self._decode_one(0, 0)
             self.clear()
 
-    def _save(self, request: Save) -> Saved:
-        size = int(C.llama_state_seq_get_size(self.context, request.seq_id))
-        if size > self._arena.room:  # to be asked again, with more
-            return Saved(size)
-        (room,) = self._arena.arrays([("u1", size)])
-        return Saved(native_memory.save(self.context, request.seq_id, room))
+    def _stated(self, request: Save | Load) -> Saved | Remembered:
+        if isinstance(request, Save):
+            return native_memory.save(self.context, request.seq_id, self._arena)
+        return self._load(request)
 
     def _load(self, request: Load) -> Remembered:
         (state,) = self._arena.arrays([("u1", request.size)])

@@ -14,7 +14,8 @@ import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.workers.protocol.messages import Adapt, MemoryOperation, Span
+from crumplezone.sandbox.ipc.arena import Arena
+from crumplezone.workers.protocol.messages import Adapt, MemoryOperation, Saved, Span
 
 
 class AdapterError(Exception):
@@ -50,10 +51,14 @@ def operate(memory: Any, request: MemoryOperation) -> bool:
     return True
 
 
-def save(context: Any, seq_id: int, into: npt.NDArray[np.uint8]) -> int:
-    """Write the state of a sequence; returns its size, 0 if there was not enough room."""
+def save(context: Any, seq_id: int, arena: Arena) -> Saved:
+    """Write the state of a sequence into the arena, if there is room for it."""
+    size = int(C.llama_state_seq_get_size(context, seq_id))
+    if size > arena.room:  # to be asked again, with more
+        return Saved(size)
+    (into,) = arena.arrays([("u1", size)])
     pointer = into.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    return int(C.llama_state_seq_get_data(context, pointer, len(into), seq_id))
+    return Saved(int(C.llama_state_seq_get_data(context, pointer, size, seq_id)))
 
 
 def load(context: Any, memory: Any, seq_id: int, state: npt.NDArray[np.uint8]) -> bool:

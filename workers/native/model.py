@@ -183,6 +183,12 @@ def make_context(model: Model, config: CellConfig) -> Any:
     return context
 
 
+def refuse_gpu() -> None:
+    """Raise `UnforkableError` where llama.cpp was built for one: its driver's state survives no fork."""
+    if C.llama_supports_gpu_offload():
+        raise UnforkableError("this llama.cpp was built for a GPU")
+
+
 def preload(config: msgspec.Raw, room: Room) -> Seed:
     """The seed of a zygote. Its cells get the model from `model_of`.
 
@@ -196,8 +202,7 @@ def preload(config: msgspec.Raw, room: Room) -> Seed:
         LoadError: As `load_model` and `make_context`.
         UnforkableError: The state that a GPU's driver keeps for a process does not survive a fork.
     """
-    if C.llama_supports_gpu_offload():
-        raise UnforkableError("this llama.cpp was built for a GPU")
+    refuse_gpu()
     wanted = msgspec.msgpack.decode(config, type=CellConfig)
     model = load_model(ModelFile(wanted.model, wanted.n_gpu_layers), room)
     with room.recorder.phase("context", wanted.n_ctx):

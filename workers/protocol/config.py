@@ -43,6 +43,10 @@ class CellConfig(msgspec.Struct, frozen=True):
     type_v: CacheType = "f16"
     flash_attn: FlashAttention = "auto"
 
+    def context(self) -> CellConfig:
+        """As reports have it."""
+        return self
+
 
 class ModelFile(msgspec.Struct, frozen=True):
     """What a zygote loads: of any cell's configuration, the fields that a model depends on."""

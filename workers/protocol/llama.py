@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from crumplezone.sandbox.ipc.arena import Shape
-from crumplezone.workers.protocol.config import CellInfo, Size, Token
+from crumplezone.workers.protocol.config import CACHE_TYPES, CellConfig, CellInfo, Size, Token
+from crumplezone.workers.protocol.messages import Save, Warm
 
 INLINE_MAX = 64 * 1024  # bytes of a value that fit into a frame beside its note
 NOTE_MAX = 8192  # tokens in one entry of a note
 VALUE_MAX = 2**28  # bytes of a decoded value: embeddings of some 40,000 texts
 STATE_MAX = 2**33  # bytes of a saved state or of scores
+
+_CACHE_TYPES = {number: name for name, number in CACHE_TYPES.items()}
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Place = Annotated[int, msgspec.Meta(ge=0, lt=4096)]  # of a generation in its call
@@ -22,12 +26,47 @@ Stage = Literal["", "grammar"]
 class LlamaConfig(msgspec.Struct, frozen=True):
     """How to build the ``llama_cpp.Llama`` of a cell."""
 
-    path: str  # of the model, absolute: the next cell may start in another directory
+    model: str  # of the model, absolute: the next cell may start in another directory
     parameters: dict[str, Any]  # of its constructor; what cannot be sent is not among them
     lookup: tuple[int, int] | None = (
         None  # draft model: LlamaPromptLookupDecoding(max_ngram_size, num_pred_tokens)
     )
-    cautious: bool = False  # one thread, and token by token where that changes no result
+
+    @property
+    def n_gpu_layers(self) -> int:
+        """Layers to offload."""
+        layers: int = self.parameters["n_gpu_layers"]
+        return layers
+
+    @property
+    def restorable(self) -> bool:
+        """Whether a saved state is all that a cell needs to go on: not where earlier rows are asked for."""
+        return not (self.lookup or self.parameters["logits_all"] or self.parameters["embedding"])
+
+    def careful(self) -> LlamaConfig:
+        """One thread, token by token. Embeddings need their text in one batch, and a draft its tokens."""
+        changed: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1}
+        if not self.parameters["embedding"]:
+            changed |= {"n_batch": 1, "n_ubatch": 1}
+        if self.lookup:
+            changed["logits_all"] = True  # as the original has it with a draft model
+        return LlamaConfig(self.model, self.parameters | changed)
+
+    def context(self, info: LlamaInfo | None = None) -> CellConfig:
+        """As reports have it."""
+        given = self.parameters
+        return CellConfig(
+            model=self.model,
+            n_ctx=info.n_ctx if info else given["n_ctx"],
+            n_batch=given["n_batch"],
+            n_ubatch=min(given["n_ubatch"], given["n_batch"]),
+            n_seq_max=info.n_seq_max if info else 1,
+            n_threads=given["n_threads"],
+            n_gpu_layers=given["n_gpu_layers"],
+            type_k=_CACHE_TYPES.get(given["type_k"], "f16"),
+            type_v=_CACHE_TYPES.get(given["type_v"], "f16"),
+            flash_attn="on" if given["flash_attn"] else "off",
+        )
 
 
 class LlamaInfo(msgspec.Struct, frozen=True):
@@ -67,6 +106,7 @@ class LlamaCall(msgspec.Struct, frozen=True):
         created: Seconds since the epoch.
         history: The tokens evaluated so far, for a cell that does not hold them; None: it does.
         forced: What the call's generations produced before its cell was lost.
+        saved: The tokens of the state that came before (`Restore`); empty: none did.
         grammar: Instead of an object.
         processors: Whether the caller has logits processors.
         criteria: Whether the caller has stopping criteria.
@@ -82,6 +122,7 @@ class LlamaCall(msgspec.Struct, frozen=True):
     created: int
     history: list[int] | None = None
     forced: list[list[int]] = []
+    saved: list[int] = []
     grammar: Grammar | None = None
     processors: bool = False
     criteria: bool = False
@@ -108,6 +149,22 @@ class Next(msgspec.Struct, tag="next", frozen=True):
 
 class Fetch(msgspec.Struct, tag="fetch", frozen=True):
     """Copy the value that was too large for a frame into the arena, which has room for it."""
+
+
+class Restore(msgspec.Struct, tag="restore", frozen=True):
+    """Begin the next call with the state of ``n_bytes`` in the arena, as far as its tokens are the same."""
+
+    n_bytes: int
+
+
+class LlamaSeedInfo(msgspec.Struct, frozen=True):
+    """What a zygote of a `Llama` knows.
+
+    Attributes:
+        context_bytes: Of keys and values of a context, about.
+    """
+
+    context_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)]
 
 
 class Evaluated(msgspec.Struct, array_like=True, frozen=True):
@@ -169,8 +226,14 @@ class Nothing(msgspec.Struct, frozen=True):
     """Reply without content."""
 
 
-Request = Invoke | Query | Next | Fetch
+Request = Invoke | Query | Next | Fetch | Save | Restore | Warm
 Question = Note | Process | Judge
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from the start."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def question_shapes(n_vocab: int, n_ids: int) -> list[Shape]:

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from crumplezone.sandbox.child.loop import Room
-from crumplezone.workers.native.llama_cell import LlamaCell
+from crumplezone.workers.native.llama.cell import LlamaCell
+from crumplezone.workers.protocol.llama import Request, Restore
 
 TARGET = "tests.support.native.llama_poison:PoisonHost"
 VARIABLE = "CRUMPLEZONE_TEST_LLAMA_POISON"
@@ -23,27 +24,38 @@ class Dose(msgspec.Struct, frozen=True):
     min_tokens: int = 1  # only with so many tokens in one native call
     at: int = 0  # only from this position on
     once: str = ""  # a file that the first death makes; there is no second one
-    how: str = "segv"  # segv or hang
+    how: str = "segv"  # segv or hang; restore: when it is given a saved state
 
 
 class PoisonHost(LlamaCell):
     """A `LlamaCell` with a `Dose`."""
 
-    def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:
-        super().__init__(config, room)
+    def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:
+        super().__init__(config, room, preloaded)
         dose = msgspec.json.decode(os.environ[VARIABLE], type=Dose)
         context: Any = self._llama._ctx
         decode = context.decode
 
         def dosed(batch: Any) -> None:
             late = batch.batch.pos[batch.batch.n_tokens - 1] >= dose.at
-            if late and batch.batch.n_tokens >= dose.min_tokens and self._first(dose):
+            if (
+                dose.how != "restore"
+                and late
+                and batch.batch.n_tokens >= dose.min_tokens
+                and self._first(dose)
+            ):
                 if dose.how == "hang":
                     signal.pause()
                 ctypes.memset(0x18, 1, 1)
             decode(batch)
 
         context.decode = dosed
+
+    def handle(self, request: Request) -> msgspec.Struct:
+        dose = msgspec.json.decode(os.environ[VARIABLE], type=Dose)
+        if isinstance(request, Restore) and dose.how == "restore" and self._first(dose):
+            ctypes.memset(0x18, 1, 1)
+        return super().handle(request)
 
     def _first(self, dose: Dose) -> bool:
         if not dose.once:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -21,39 +20,12 @@ from crumplezone import Llama
 from crumplezone.errors import InputError, SequenceError, UsageError
 from crumplezone.reports.records.report import Exit, Report, VerdictKind
 from crumplezone.reports.store.store import Store
-from crumplezone.workers.llama.session import Session
-from crumplezone.workers.llama.task import Task
+from crumplezone.workers.llama.calls.task import Task
 from crumplezone.workers.protocol.llama import Evaluated, Note
+from tests.support.decoders import OpenLlama as Open
 from tests.support.decoders import read_all
-from tests.support.native import llama_poison
 from tests.support.native.llama_poison import Dose
 from tests.support.reference.llama_original import FOX, OPTIONS, SEA
-
-Open = Callable[..., Llama]
-
-
-@pytest.fixture
-def open_llama(smollm: Path, store: Store) -> Iterator[Open]:
-    made: list[Llama] = []
-
-    def one(model: Path = smollm, **options: Any) -> Llama:
-        made.append(Llama(str(model), **OPTIONS | {"reports": store.directory} | options))
-        return made[-1]
-
-    yield one
-    for llama in made:
-        llama.close()
-
-
-@pytest.fixture
-def dose(monkeypatch: pytest.MonkeyPatch) -> Callable[[Dose], None]:
-    """Make every cell that starts from now on a poisoned one."""
-
-    def give(given: Dose) -> None:
-        monkeypatch.setattr(Session.__init__, "__defaults__", (llama_poison.TARGET,))
-        monkeypatch.setenv(llama_poison.VARIABLE, msgspec.json.encode(given).decode())
-
-    return give
 
 
 def kill(llama: Llama) -> None:

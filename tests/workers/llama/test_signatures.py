@@ -22,7 +22,14 @@ ABSENT = {
     "context_params": POINTER,
     "tokenizer_": "the tokenizer is in the cell; tokenizer() gives one that asks it",
 }
-OURS = {"reports", "deadline", "memory_limit", "redact"}  # keyword-only parameters of the constructor
+OURS = {
+    "reports",
+    "deadline",
+    "memory_limit",
+    "redact",
+    "start",
+    "spares",
+}  # keyword-only, of the constructor
 EXTRA = {"pid", "flush_reports"}  # public here and not there
 
 

@@ -12,7 +12,9 @@ from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from crumplezone.sandbox.child.loop import Room
-from crumplezone.workers.native.llama_replay import GrammarError, ReplayableLlama
+from crumplezone.workers.native import memory as native_memory
+from crumplezone.workers.native.llama.replay import GrammarError, ReplayableLlama
+from crumplezone.workers.native.llama.seed import LlamaSeed
 from crumplezone.workers.native.model import LoadError, NativeLogs, describe
 from crumplezone.workers.protocol.llama import (
     INLINE_MAX,
@@ -28,7 +30,9 @@ from crumplezone.workers.protocol.llama import (
     Output,
     Query,
     Request,
+    Restore,
 )
+from crumplezone.workers.protocol.messages import Save, Warm, Warmed
 
 _METHODS = {
     "create_completion",
@@ -58,6 +62,7 @@ class LlamaCell:
     Args:
         config: An encoded `LlamaConfig`.
         room: The cell's.
+        preloaded: What `preload` returned, in a forked cell.
 
     Raises:
         LoadError: The model or the context could not be made; the message is llama.cpp's own.
@@ -65,12 +70,13 @@ class LlamaCell:
 
     request_type: Any = Request
 
-    def __init__(self, config: msgspec.Raw, room: Room, _: object = None) -> None:
-        self._room = room
-        voices = NativeLogs(room)
+    def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:
+        self._room, self._saved = room, b""
+        voices, wanted = NativeLogs(room), msgspec.msgpack.decode(config, type=LlamaConfig)
+        model = preloaded.model if isinstance(preloaded, LlamaSeed) else None
         with room.recorder.phase("load"):
             try:
-                self._llama = ReplayableLlama(msgspec.msgpack.decode(config, type=LlamaConfig), room, voices)
+                self._llama = ReplayableLlama(wanted, room, voices, model)
             except ValueError as error:
                 raise LoadError(voices.last_error or str(error)) from error
         if self._llama.lora_path and not self._llama._lora_adapter:  # noqa: SLF001 - the original misses the NULL
@@ -99,20 +105,35 @@ class LlamaCell:
 
     def handle(self, request: Request) -> msgspec.Struct:
         """Answer one request."""
-        if isinstance(request, Invoke):
-            return self._invoke(self._job(request.n_bytes))
-        if isinstance(request, Query):
-            job = self._job(request.n_bytes)
-            if job.method not in _QUERIES:
-                raise ValueError(f"{job.method} is no query")
-            return self._output(getattr(self._llama, job.method)(**job.args), note=Note())
-        if isinstance(request, Next):
-            return self._next(request.sent)
-        return self._fetch(request)
+        match request:
+            case Invoke():
+                return self._invoke(self._call(request.n_bytes))
+            case Query():
+                return self._query(self._call(request.n_bytes))
+            case Next():
+                return self._next(request.sent)
+            case Fetch():
+                return self._fetch()
+            case Save():
+                return native_memory.save(self._llama.ctx, request.seq_id, self._room.arena)
+            case Restore():
+                self._saved = self._bytes(request.n_bytes)
+                return Nothing()
+            case Warm():
+                self._llama.warm()
+                return Warmed()
 
-    def _job(self, n_bytes: int) -> LlamaCall:
+    def _bytes(self, n_bytes: int) -> bytes:
         (raw,) = self._room.arena.arrays([("u1", n_bytes)])
-        return msgspec.msgpack.decode(raw.tobytes(), type=LlamaCall)
+        return raw.tobytes()
+
+    def _call(self, n_bytes: int) -> LlamaCall:
+        return msgspec.msgpack.decode(self._bytes(n_bytes), type=LlamaCall)
+
+    def _query(self, job: LlamaCall) -> Output:
+        if job.method not in _QUERIES:
+            raise ValueError(f"{job.method} is no query")
+        return self._output(getattr(self._llama, job.method)(**job.args), note=Note())
 
     def _invoke(self, job: LlamaCall) -> Output:
         if job.method not in _METHODS:
@@ -120,7 +141,8 @@ class LlamaCell:
         if isinstance(self._running, Generator):
             self._running.close()
         self._running = None
-        self._llama.begin(job)
+        saved, self._saved = self._saved, b""
+        self._llama.begin(job, saved)
         args = dict(job.args)
         if job.grammar is not None:
             args["grammar"] = self._grammar(job.grammar)
@@ -165,7 +187,7 @@ class LlamaCell:
         note = note or llama.journal.take()  # a query brings none: it may come between two
         return Output(inline, len(self._parcel), end, note, n_tokens, llama._seed)  # noqa: SLF001 - the original's
 
-    def _fetch(self, _: Fetch) -> Nothing:
+    def _fetch(self) -> Nothing:
         (into,) = self._room.arena.arrays([("u1", len(self._parcel))])
         into[:] = np.frombuffer(self._parcel, np.uint8)
         self._parcel = b""

@@ -54,6 +54,7 @@ class Task:
         losses: How many cells it has lost.
         reports: Directories of their reports.
         news: Whether the caller has not yet been told of the latest.
+        restored: Whether the cell that has it began with a saved state.
         case: Crashes that are not yet filed.
     """
 
@@ -72,6 +73,7 @@ class Task:
     losses: int = 0
     reports: list[str] = field(default_factory=list)
     news: bool = False
+    restored: bool = False
     case: JobRecord = field(default_factory=JobRecord)
     _identity: int = field(default_factory=lambda: SystemRandom().getrandbits(63))
     _created: int = field(default_factory=lambda: int(time.time()))
@@ -83,8 +85,18 @@ class Task:
         """Where it runs."""
         return Rung.TOKEN if self.cautious else Rung.NATIVE
 
-    def job(self, *, known: bool) -> LlamaCall:
-        """What to tell a cell; ``known``: it stands as the `Llama` did before the call."""
+    @property
+    def shown_grammar(self) -> Any:
+        """The grammar that it was given, for a message."""
+        return self.grammar.text if self.grammar else self.args.get("response_format")
+
+    def call(self, *, known: bool, saved: list[int] | None = None) -> LlamaCall:
+        """What to tell a cell.
+
+        Args:
+            known: It stands as the `Llama` did before the call.
+            saved: The tokens of the state that it has just been given.
+        """
         base = self.base
         return LlamaCall(
             self.method,
@@ -96,6 +108,7 @@ class Task:
             self._created,
             None if known else base.tokens,
             self.drawn,
+            saved or [],
             self.grammar,
             self.processors is not None,
             self.criteria is not None,

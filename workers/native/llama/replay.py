@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import random
-import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import llama_cpp.llama
@@ -22,22 +22,20 @@ from llama_cpp.llama_cache import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from crumplezone.sandbox.child.loop import AbandonedError, Room
+from crumplezone.workers.native import memory as native_memory
+from crumplezone.workers.native.batch import BatchPacker, batch_arrays
+from crumplezone.workers.native.llama.journal import CallJournal
+from crumplezone.workers.native.llama.seed import loading_by, original
 from crumplezone.workers.native.model import NativeLogs
 from crumplezone.workers.protocol.llama import (
-    NOTE_MAX,
-    Evaluated,
     Judge,
     Judged,
     LlamaCall,
     LlamaConfig,
-    Note,
     Process,
-    Stage,
+    common_prefix,
     question_shapes,
 )
-
-original: Any = llama_cpp.llama  # its own types are incomplete
-_NOTE_EVERY = 0.05  # seconds: what a crash can cost is that much drawing again
 
 
 class GrammarError(Exception):
@@ -58,55 +56,12 @@ class _Identity:
         return self._created
 
 
-class CallJournal:
-    """What the supervisor has to know to do the running job again.
-
-    Args:
-        ask: Of the cell.
-    """
-
-    def __init__(self, ask: Callable[[msgspec.Struct], msgspec.Raw]) -> None:
-        self._ask = ask
-        self._evaluated: list[Evaluated] = []
-        self._drawn: list[tuple[int, int]] = []
-        self._told = time.monotonic()
-
-    def evaluating(self, at: int, tokens: Sequence[int]) -> None:
-        """Before a native call: a prompt is told at once, since it may be the one that crashes."""
-        for i in range(0, len(tokens), NOTE_MAX):
-            part = [int(token) for token in tokens[i : i + NOTE_MAX]]
-            self._evaluated.append(Evaluated(at + i, part))
-            if len(tokens) > 1:
-                self.tell()
-
-    def drew(self, generation: int, token: int) -> None:
-        """A token was drawn; those of a replay are known."""
-        self._drawn.append((generation, token))
-        self.breathe()
-
-    def breathe(self) -> None:
-        """Tell the supervisor if it has not heard for a while: its deadline begins anew."""
-        if time.monotonic() - self._told > _NOTE_EVERY:
-            self.tell()
-
-    def tell(self, stage: Stage = "") -> None:
-        """Tell the supervisor now."""
-        self._ask(self.take(stage))
-
-    def take(self, stage: Stage = "") -> Note:
-        """What is new, to be sent along with a reply."""
-        note = Note(self._evaluated, self._drawn, stage)
-        self._evaluated, self._drawn = [], []
-        self._told = time.monotonic()
-        return note
-
-
 class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
     """The real one, with a journal and a replay."""
 
     n_tokens: int
 
-    def __init__(self, config: LlamaConfig, room: Room, voices: NativeLogs) -> None:
+    def __init__(self, config: LlamaConfig, room: Room, voices: NativeLogs, model: Any = None) -> None:
         self.journal = CallJournal(room.ask)
         self._room, self._voices = room, voices
         self._job: LlamaCall | None = None
@@ -114,14 +69,21 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         self._generation = -1
         self._forced: deque[int] = deque()
         self._abandoned: AbandonedError | None = None
+        self._saved: tuple[list[int], bytes] = [], b""
+        self._ahead: list[int] = []  # what the memory holds, be n_tokens less
+        self._greedy = False
+        self._passed = 0  # forced tokens over which the sampler was moved
         parameters = dict(config.parameters)
         if config.lookup:
             parameters["draft_model"] = LlamaPromptLookupDecoding(*config.lookup)
-        super().__init__(**parameters | {"model_path": config.path})
+        with loading_by(lambda **_: model) if model else nullcontext():
+            super().__init__(**parameters | {"model_path": config.model})
         self.model_path = parameters["model_path"]
 
-    def begin(self, job: LlamaCall) -> None:
-        """Stand as the supervisor's `Llama` stands."""
+    def begin(self, job: LlamaCall, saved: bytes = b"") -> None:
+        """Stand as the supervisor's `Llama` stands. ``saved``: a state of ``job.saved``."""
+        self._saved, self._ahead = (job.saved, saved), []
+        self._greedy, self._passed = False, 0
         self._job, self._history = job, job.history
         if job.history is not None:
             super().reset()
@@ -153,6 +115,7 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         yield from super().generate(tokens, *args, **kwargs)
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._greedy = kwargs.get("temp") == 0.0
         if kwargs.get("grammar") is not None:
             self._compile(kwargs["grammar"])
         return super()._init_sampler(*args, **kwargs)
@@ -169,17 +132,82 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         self.journal.tell()
 
     def reset(self) -> None:  # noqa: D102 - the original's
-        self._history = None
+        self._history, self._ahead = None, []
         super().reset()
 
     def eval(self, tokens: Sequence[int]) -> None:  # noqa: D102 - the original's
         self.catch_up()
+        held = self._held(tokens)
+        if held:
+            self.journal.evaluating(self.n_tokens, tokens[:held])
+            self.input_ids[self.n_tokens : self.n_tokens + held] = tokens[:held]
+            self.n_tokens += held
+            if held == len(tokens):
+                return
+            tokens = tokens[held:]
         # Pieces of n_batch, as the original cuts them, so that each native call is told of before it runs.
         for i in range(0, max(len(tokens), 1), self.n_batch):
             piece = tokens[i : i + self.n_batch]
             self.journal.evaluating(self.n_tokens, piece)
             with self._room.recorder.phase("decode", len(piece)):
                 super().eval(piece)
+
+    def _held(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens the memory holds already, by a state of before a crash."""
+        if self._saved[1]:
+            self._ahead = self._restored(tokens)
+            self._saved = [], b""
+        ahead = self._ahead[self.n_tokens :]
+        held = common_prefix(ahead, tokens)
+        if held < min(len(ahead), len(tokens)):  # what comes is not what came before the crash
+            self._ahead = []
+        return held
+
+    def _restored(self, tokens: Sequence[int]) -> list[int]:
+        """Load the state as far as these tokens, and those that are drawn again, are the same.
+
+        The last one is always computed, for its logits. A part of a prompt is of use only behind a history,
+        which is computed again in any case: in pieces of other sizes, rounding differs.
+        """
+        known, state = self._saved
+        wanted = [*tokens, *self._forced]
+        usable = min(common_prefix(known, wanted), len(wanted) - 1)
+        begin = len(tokens) - 1  # from where on tokens were drawn
+        assert self._job is not None
+        if self.n_tokens or usable <= 0 or (usable <= begin and not self._job.history):
+            return []
+        if (self._is_recurrent or self._is_hybrid) and (usable < len(known) or begin < usable):
+            return []  # such a memory cannot be cut
+        if begin < usable:
+            self._draw_again(state, begin, wanted[begin:usable])
+        return known[:usable] if self._load(state, usable) else []
+
+    def _load(self, state: bytes, n_tokens: int) -> bool:
+        memory = C.llama_get_memory(self._ctx.ctx)
+        with self._room.recorder.phase("restore", n_tokens):
+            done = native_memory.load(self._ctx.ctx, memory, 0, np.frombuffer(state, np.uint8))
+            return done and bool(C.llama_memory_seq_rm(memory, 0, n_tokens, -1))
+
+    def _draw_again(self, state: bytes, begin: int, behind: list[int]) -> None:
+        """Move the sampler as it moved when it drew a token behind each of these.
+
+        Noise wants their logits, which some large native calls give as well. What these leave in the memory
+        is rounded otherwise than it was, so the state has to be loaded behind them.
+        """
+        self._passed = len(behind)
+        if self._greedy:
+            for token in list(self._forced)[: self._passed]:
+                self._sampler.accept(token)
+            return
+        self._load(state, begin)
+        for i in range(0, len(behind), self.n_batch):
+            piece = behind[i : i + self.n_batch]
+            self._batch.set_batch(batch=piece, n_past=begin + i, logits_all=True)
+            with self._room.recorder.phase("decode", len(piece)):
+                self._ctx.decode(self._batch)
+            for row in range(len(piece)):
+                self._again(self._forced[i + row], row)
+            self.journal.breathe()
 
     def catch_up(self) -> None:
         """Evaluate what another cell had evaluated."""
@@ -198,7 +226,11 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
     def sample(self, *args: Any, **kwargs: Any) -> int:  # noqa: D102 - the original's
         self.catch_up()
         if self._forced:
-            self._again(self._forced[0], kwargs.get("idx"))
+            if self._passed:
+                self._passed -= 1
+            else:
+                idx = kwargs.get("idx")
+                self._again(self._forced[0], -1 if idx is None else idx - self.n_tokens)
             self.journal.breathe()
             return self._forced.popleft()
         with self._room.recorder.phase("sample", self.n_tokens):
@@ -208,10 +240,10 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         self.journal.drew(max(self._generation, 0), token)
         return token
 
-    def _again(self, token: int, idx: int | None) -> None:
+    def _again(self, token: int, row: int) -> None:
         """`llama_sampler_sample`, but of a token that is known: noise and penalties move as they did."""
-        row = self._ctx.get_logits_ith(idx - self.n_tokens if idx is not None else -1)
-        self._candidates.copy_logits(np.ctypeslib.as_array(row, (self._n_vocab,)))
+        logits = self._ctx.get_logits_ith(row)
+        self._candidates.copy_logits(np.ctypeslib.as_array(logits, (self._n_vocab,)))
         self._candidates.candidates.selected = -1
         C.llama_sampler_apply(self._sampler.sampler, ctypes.byref(self._candidates.candidates))
         self._sampler.accept(token)
@@ -243,6 +275,13 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         into[0][:], into[1][:] = logits, input_ids
 
     # What the supervisor calls and the original has under no name.
+
+    def warm(self) -> None:
+        """Decode a token and forget it, see `Warm`."""
+        memory = C.llama_get_memory(self._ctx.ctx)
+        if memory and not (self.context_params.embeddings or C.llama_model_has_encoder(self.model)):
+            C.llama_decode(self._ctx.ctx, BatchPacker().pack(batch_arrays(1), 0, 1))
+            C.llama_memory_clear(memory, False)
 
     def scores_bytes(self) -> bytes:
         """Rows of scores, float32; none without ``logits_all``, which leaves them unwritten."""

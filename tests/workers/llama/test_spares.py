@@ -1,0 +1,170 @@
+"""The zygote, the spare and the saved state that make a `Llama`'s next cell ready soon."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from crumplezone import Llama
+from crumplezone.errors import InputError, ModelError
+from crumplezone.reports.records.report import Exit, Phase
+from crumplezone.reports.store.store import Store
+from crumplezone.workers.llama.calls import checkpoint, session
+from tests.support.decoders import OpenLlama, kill, read_all
+from tests.support.native.llama_poison import Dose
+from tests.support.reference.llama_original import FOX
+
+LONG = "The quick brown fox jumps over the lazy dog. " * 12
+
+
+def stream(llama: Llama, *kills: int, **options: Any) -> str:
+    """Text of a stream whose cell is killed after the chunks of these numbers."""
+    llama.reset()
+    text, arguments = "", FOX | {"prompt": LONG, "max_tokens": 24, "stream": True} | options
+    for i, chunk in enumerate(llama(**arguments)):
+        text += chunk["choices"][0]["text"]  # type: ignore[index]
+        if i in kills:
+            assert llama._session.wait_for_spares(30)
+            kill(llama.pid)
+    return text
+
+
+def phases(llama: Llama) -> list[Phase]:
+    """What the running cell did."""
+    cell = llama._session._client.cell
+    assert cell is not None
+    return cell._process.lines.arena.flight(time.monotonic_ns())
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are saved as often as there is an occasion."""
+    monkeypatch.setattr(checkpoint, "_FIRST", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", 1e9)
+
+
+def test_a_spare_takes_over(open_llama: OpenLlama) -> None:
+    llama = open_llama()
+    assert llama._session.wait_for_spares(30)
+    before = llama.processes
+    (zygote,), (spare,) = before["zygote"], before["spares"]
+    assert psutil.Process(spare).ppid() == zygote == psutil.Process(llama.pid).ppid()
+    undisturbed = stream(llama)
+    assert stream(llama, 5) == undisturbed
+    assert llama.pid == spare
+    assert llama._session.wait_for_spares(30)
+    assert llama.processes["spares"] != [spare]
+
+
+def test_spawned_cells_have_no_spares(open_llama: OpenLlama) -> None:
+    llama = open_llama(start="spawn")
+    assert llama.processes == {"zygote": [], "cell": [llama.pid], "spares": []}
+    assert stream(llama, max_tokens=4)
+
+
+@pytest.mark.parametrize("why", ["logits_all", "context"])
+def test_what_would_be_dear_is_made_for_who_asks(
+    why: str, open_llama: OpenLlama, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"logits_all": True} if why == "logits_all" else {}
+    if why == "context":
+        monkeypatch.setattr(session, "_SPARE_MAX", 2**20)
+    with caplog.at_level(logging.INFO, "crumplezone"):
+        llama = open_llama(**options)
+    assert not llama._session.wait_for_spares(0) or llama.processes["spares"] == []
+    (told,) = [record.message for record in caplog.records if "no spare cell" in record.message]
+    assert "spares=1" in told
+    assert ("logits_all" if why == "logits_all" else "MiB") in told
+    asked = open_llama(spares=1, **options)
+    assert asked._session.wait_for_spares(30)
+    assert len(asked.processes["spares"]) == 1
+
+
+def test_a_wrong_start_or_number_of_spares_is_refused(open_llama: OpenLlama) -> None:
+    with pytest.raises(InputError, match="start is 'fork'"):
+        open_llama(start="fork")
+    with pytest.raises(InputError, match="spares is -1"):
+        open_llama(spares=-1)
+    with pytest.raises(InputError, match="must be spawn or auto"):
+        open_llama(start="zygote", n_gpu_layers=1)
+
+
+def test_a_model_that_does_not_load_is_refused_by_the_zygote(
+    tmp_path: Path, tiny: Path, open_llama: OpenLlama
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(tiny.read_bytes()[:3000])
+    with pytest.raises(ModelError, match="llama.cpp cannot load it"):
+        open_llama(broken)
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}])
+def test_a_saved_state_takes_the_place_of_the_prompt(open_llama: OpenLlama, options: dict[str, Any]) -> None:
+    llama = open_llama()
+    n_prompt = len(llama.tokenize(LONG.encode()))
+    undisturbed = stream(llama, **options)
+    assert stream(llama, 9, **options) == undisturbed
+    done = phases(llama)
+    assert [each.count for each in done if each.name == "restore"][-1] > n_prompt
+    assert max(each.count for each in done if each.name == "decode") < n_prompt
+    assert stream(llama, 4, 11, 18, **options) == undisturbed
+
+
+@pytest.mark.usefixtures("often")
+def test_a_history_is_restored_too(open_llama: OpenLlama) -> None:
+    llama = open_llama()
+    stream(llama)
+    llama.reset()
+    tokens = llama.tokenize(LONG.encode())
+    llama.eval(tokens)
+    kill(llama.pid)
+    llama.eval(tokens[1:3])
+    assert list(llama.eval_tokens) == [*tokens, *tokens[1:3]]
+    assert "restore" in {each.name for each in phases(llama)}
+
+
+@pytest.mark.usefixtures("often")
+def test_a_state_that_crashes_its_cell_is_done_without(
+    open_llama: OpenLlama, dose: Callable[[Dose], None], store: Store
+) -> None:
+    dose(Dose(how="restore"))
+    llama = open_llama()
+    undisturbed = stream(llama)
+    assert stream(llama, 9) == undisturbed
+    llama.flush_reports()
+    assert [report.evidence.exit for report in read_all(store)] == [Exit.KILLED, Exit.SIGNAL]
+
+
+def test_rare_states_cost_nothing_that_shows() -> None:
+    kept = checkpoint.Checkpoint()
+    assert not kept.due
+    with kept.computing():
+        pass
+    assert not kept.due
+    assert not kept.serves([1] * 99)
+    kept.make([1] * 20, lambda: b"state")
+    assert kept.serves([1] * 30)
+    assert kept.serves([1] * 16 + [2])
+    assert not kept.serves([1] * 15 + [2])
+    kept.make([2] * 20, lambda: b"")  # too large to be kept
+    assert kept.serves([1] * 30)
+    kept.drop()
+    assert not kept.serves([1] * 30)
+
+
+def test_a_zygote_that_is_killed_is_not_missed(open_llama: OpenLlama) -> None:
+    llama = open_llama()
+    undisturbed = stream(llama)
+    (zygote,) = llama.processes["zygote"]
+    os.kill(zygote, signal.SIGKILL)
+    assert stream(llama, 3) == undisturbed
+    assert llama.processes["zygote"] != [zygote]

@@ -1,0 +1,51 @@
+"""What a cell asks in the middle of a call: the caller's own code runs here, never in the cell."""
+
+from __future__ import annotations
+
+import msgspec
+
+from crumplezone.workers.llama.calls.client import LlamaClient
+from crumplezone.workers.llama.calls.task import Task
+from crumplezone.workers.protocol.llama import Judge, Judged, Note, Nothing, Question, question_shapes
+
+
+class Callbacks:
+    """Answers questions: notes of what has happened, logits processors, stopping criteria.
+
+    Attributes:
+        running: One of the caller's is running.
+    """
+
+    running: bool = False
+
+    def answer(self, client: LlamaClient, task: Task, body: msgspec.Raw) -> msgspec.Struct:
+        """Answer a question; what the caller's callbacks raise goes through.
+
+        Raises:
+            CellDied: It is no question that the cell may ask.
+        """
+        info, cell = client.info, client.running()
+        try:
+            question = msgspec.msgpack.decode(body, type=Question)
+        except msgspec.MsgspecError as error:
+            raise client.lie(f"asked what does not decode: {error}") from error
+        note = question if isinstance(question, Note) else question.note
+        if problem := task.take(note, info.cell.n_vocab):
+            raise client.lie(problem)
+        if isinstance(question, Note):
+            return Nothing()
+        if question.n_ids > info.n_ctx:
+            raise client.lie(f"asked about {question.n_ids} tokens")
+        shapes = question_shapes(info.cell.n_vocab, question.n_ids)
+        logits, ids = (array.copy() for array in cell.arena.arrays(shapes))
+        self.running = True
+        try:
+            if isinstance(question, Judge):
+                assert task.criteria is not None
+                return Judged(bool(task.criteria(ids, logits)))
+            for processor in task.processors or ():
+                logits[:] = processor(ids, logits)
+        finally:
+            self.running = False
+        cell.arena.arrays(shapes)[0][:] = logits  # a query may have used the arena meanwhile
+        return Judged()
