@@ -29,8 +29,8 @@ OURS = {
     "redact",
     "start",
     "spares",
-}  # keyword-only, of the constructor
-EXTRA = {"pid", "flush_reports"}  # public here and not there
+}  # keyword-only
+EXTRA = {"pid", "processes", "flush_reports"}  # public here and not there
 
 
 @pytest.fixture(scope="module")
