@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint bench soak dist test-wheel test-sdist clean
+.PHONY: run test lint docs bench soak dist test-wheel test-sdist clean
 
 run: .venv/.installed
 	$(BIN)/crumplezone demo
@@ -14,6 +14,10 @@ lint: .venv/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A site of docs/, in site/. The variable silences a notice about the next mkdocs (docs/dependencies.md).
+docs: .venv/.documented
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # 70 minutes on an idle machine; BENCH=--quick takes three. Results: benchmarks/results.
 bench: .venv/.benched
@@ -57,6 +61,10 @@ test-sdist: dist
 
 .venv/.tested: .venv/.installed
 	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/.documented: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
 .venv/.benched: .venv/.installed

@@ -1,4 +1,4 @@
-"""The examples in the documents run as they stand, and every folder has its line."""
+"""The documents: examples run as they stand, files that are named exist, every folder has its line."""
 
 from __future__ import annotations
 
@@ -16,31 +16,69 @@ from tests.support.paths import PACKAGE, ROOT, modules
 ARCHITECTURE = ROOT / "docs/architecture.md"
 FOLDERS = re.compile(r"^\| Folder .*?(?=^\n)", re.DOTALL | re.MULTILINE)
 RUN = {"python": [sys.executable, "-c"], "sh": ["sh", "-ec"]}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIAL = ROOT / "docs/tutorial.md"
+
+
+def examples(page: Path) -> list[tuple[str, str]]:
+    """Language and code of each."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
 EXAMPLES = [
-    pytest.param(language, code, id=f"{path.name}-{number}")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for number, (language, code) in enumerate(
-        re.findall(r"^```(\w+)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
-    )
+    pytest.param(language, code, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, (language, code) in enumerate(examples(page))
+    if page != TUTORIAL
 ]
 
 
 @pytest.mark.parametrize(("language", "code"), EXAMPLES)
 def test_example(language: str, code: str, tmp_path: Path) -> None:
+    run(language, code, tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_the_tutorial(tmp_path: Path) -> None:
+    """Its steps need what those before have left."""
+    said = [run(language, code, tmp_path) for language, code in examples(TUTORIAL)]
+    for expected in (
+        "alive; safe",
+        "batch-only",
+        "reproduced 3 of 3",
+        "minimal: encode of 1 token",
+        "exit status 139",
+    ):
+        assert any(expected in each for each in said), expected
+
+
+def run(language: str, code: str, folder: Path) -> str:
     assert sum(map(bool, code.splitlines())) < 10
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # Passive: OpenMP's threads spin for long where tests run side by side.
-    own = {"CRUMPLEZONE_REPORTS": str(tmp_path / "reports"), "PATH": path, "OMP_WAIT_POLICY": "passive"}
+    own = {"CRUMPLEZONE_REPORTS": str(folder / "reports"), "PATH": path, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(
         [*RUN[language], code],
         env={**os.environ, **own},
         capture_output=True,
         text=True,
         timeout=100,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_file_that_is_named_is_there(page: Path) -> None:
+    """By its path, or by as much of its end as only one file has."""
+    tests = [f"/{path.relative_to(ROOT)}" for path in (ROOT / "tests").rglob("*.py")]
+    files = [f"/{path.relative_to(PACKAGE)}" for _, path in modules()] + tests
+    for name in re.findall(r"`([\w./]+\.py)`", page.read_text("utf-8")):
+        end = "/" + name.removeprefix("src/crumplezone/")
+        found = [file for file in files if file.endswith(end)]
+        assert len(found) == 1 or (found and name == "__init__.py"), f"{name}: {found}"
 
 
 def test_every_folder_has_its_line() -> None:
