@@ -81,6 +81,21 @@ def test_every_file_that_is_named_is_there(page: Path) -> None:
         assert len(found) == 1 or (found and name == "__init__.py"), f"{name}: {found}"
 
 
+def test_the_readme_leads_somewhere() -> None:
+    """Its links are absolute, for a package index shows it too, so nothing that makes the site looks at them."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    links = re.findall(r"\(https://github.com/crumplezone/crumplezone/blob/main/([^)#]+)#?([^)]*)\)", text)
+    assert len(links) > 10
+    for path, anchor in links:
+        heads = re.findall(r"^#+ (.*)$", (ROOT / path).read_text("utf-8"), re.MULTILINE)
+        assert not anchor or anchor in {slug(head) for head in heads}, f"{path}#{anchor}"
+
+
+def slug(head: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
+
+
 def test_every_folder_has_its_line() -> None:
     """It stands in the package's docstring; `python -m tests.architecture.test_docs` copies it."""
     assert FOLDERS.search(ARCHITECTURE.read_text("utf-8"))
