@@ -82,7 +82,7 @@ def test_every_file_that_is_named_is_there(page: Path) -> None:
 
 
 def test_the_readme_leads_somewhere() -> None:
-    """Its links are absolute, for a package index shows it too, so nothing that makes the site looks at them."""
+    """Its links are absolute, for a package index shows it too; what makes the site does not look at them."""
     text = (ROOT / "README.md").read_text("utf-8")
     links = re.findall(r"\(https://github.com/crumplezone/crumplezone/blob/main/([^)#]+)#?([^)]*)\)", text)
     assert len(links) > 10
