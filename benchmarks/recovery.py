@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Literal
 
+from benchmarks import stream
 from benchmarks.models import model
 from benchmarks.overhead import N_CTX_SEQ
 from benchmarks.pairing import alternate, figure, ratio
@@ -51,6 +52,7 @@ def rows(plan: Plan) -> Iterator[Yield]:
         for name, _, _ in _CASES:
             note = f"{data[name]:.1f} / {data[_SERVER]:.0f} ms"
             yield Row("recovery", f"{name} / {_SERVER}", ratio(found[name], found[_SERVER]), "x", note=note)
+    yield from stream.rows(plan)
 
 
 def _note(name: str) -> str:

@@ -33,6 +33,7 @@ JOB_LLAMA = Aim(">=", 1.0)  # against llama_cpp.Llama in a loop, at any width
 JOB_LLAMA_WIDE = Aim(">=", 3.5)  # ... on Q4_0 and F16 at 16 sequences
 CRASH = Aim("<=", 3)  # ms, SIGSEGV to exception
 NEXT_RESULT = Aim("<=", 10)  # ms, SIGSEGV to next result with a spare, less the decode itself
+STREAM_GAP = Aim("<=", 50)  # ms, of a Llama's stream with a spare, less what is computed again
 HANG = Aim("<=", 50)  # ms past the limit
 NONE = Aim("<=", 0)  # innocents lost, calls that notice a killed idle worker, orphans
 FURTHER_CELL = Aim("<=", 1.0)  # its PSS / its KV cache, compute and output buffers

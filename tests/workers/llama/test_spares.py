@@ -41,7 +41,7 @@ def phases(llama: Llama) -> list[Phase]:
     """What the running cell did."""
     cell = llama._session._client.cell
     assert cell is not None
-    return cell._process.lines.arena.flight(time.monotonic_ns())
+    return cell.arena.flight(time.monotonic_ns())
 
 
 @pytest.fixture
