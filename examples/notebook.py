@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from crumplezone import Batch, Decoder, Llama, embedded_model
-from crumplezone.reports.store.store import Store
+from crumplezone.reports.store import Store
 
 llama = Llama(str(embedded_model()), n_ctx=512, verbose=False)
 print("llama.cpp runs in process", llama.pid)
