@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from crumplezone.errors import CellDied, InputError, UsageError, check_integer, check_texts
 from crumplezone.reports.store.store import default_directory
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.batch import Batch
 from crumplezone.workers.batch.call import DecodeOptions
@@ -179,7 +180,7 @@ class Decoder:
                 return self._native.tokenize(text)
             except CellDied as died:
                 config, info = self._native.config, self._native.info
-                self._reporter.file_lone(died.incident, "tokenize", "the tokenizer failed", config, info)
+                self._reporter.file_lone(Incident.of(died), "tokenize", "the tokenizer failed", config, info)
                 raise
 
     @property

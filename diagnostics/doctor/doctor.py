@@ -17,6 +17,7 @@ from crumplezone.diagnostics.doctor.patient import Fall, Healthy
 from crumplezone.errors import CellDied, CellRefused
 from crumplezone.reports.analysis.stack import crashed_thread
 from crumplezone.reports.records.report import Evidence, Report, Step
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 
 _TARGET = "crumplezone.diagnostics.doctor.patient:Patient"
@@ -90,7 +91,7 @@ def _crash() -> list[Check]:
         with contextlib.closing(Cell(CellSpec(_TARGET, Healthy(), _DEADLINE))) as cell:
             cell.call(Fall(), Healthy, _DEADLINE)
     except CellDied as died:
-        evidence: Evidence = died.incident.evidence.result()
+        evidence = Incident.of(died).evidence.result()
         if evidence.phase != "start":
             return _learnt(evidence)
         said = f"{evidence.detail} {evidence.stderr_tail[-200:]}"

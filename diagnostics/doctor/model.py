@@ -14,6 +14,7 @@ from crumplezone.errors import CellDied, CellRefused, ModelError
 from crumplezone.reports.formats import text
 from crumplezone.reports.records.report import Evidence, Report
 from crumplezone.sandbox.autopsy import observe
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.workers.cells.targets import TARGETS
 from crumplezone.workers.incidents.environment import environment
@@ -64,7 +65,7 @@ def examine(model: Path | None) -> list[Check]:
             cell.call(Warm(), Warmed, _DEADLINE)
             peak = observe.memory(cell.pid).get("VmHWM", 0)
     except CellDied as died:
-        return _died(path, died.incident.evidence.result())
+        return _died(path, Incident.of(died).evidence.result())
     except (OSError, RuntimeError, CellRefused) as error:
         found = f"{path.name} does not load: {error}"
         remedy = "download the file again, or a newer llama-cpp-python"

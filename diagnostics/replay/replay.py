@@ -27,6 +27,7 @@ from crumplezone.reports.records.report import (
     Signature,
     Verdict,
 )
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.process.cgroup import available_memory
 from crumplezone.workers.batch.call import DecodeOptions, RefusedError
 from crumplezone.workers.batch.columns import Columns
@@ -149,7 +150,7 @@ def run(runner: DecodeClient | EmbedClient, batch: BatchRecord | None, report: R
                 )
             runner.send(columns_of(batch), ask, batch.chunk, fresh=not batch.held)
     except CellDied as died:
-        return crashed(died.incident.evidence.result(), report)
+        return crashed(Incident.of(died).evidence.result(), report)
     except (RefusedError, CellRefused) as refused:
         return Run(Outcome.REFUSED, str(refused))
     except CrumplezoneError as refused:

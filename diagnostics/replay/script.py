@@ -24,6 +24,7 @@ from crumplezone.diagnostics.replay.replay import (
 from crumplezone.errors import CellDied, CellRefused
 from crumplezone.reports.analysis.signature import sign
 from crumplezone.reports.records.report import BatchRecord, Exit, Outcome, Report
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.child import script as cell
 from crumplezone.workers.protocol.config import CACHE_TYPES, FLASH_ATTENTION, CellConfig
@@ -100,7 +101,7 @@ def check(text: str, report: Report, model: Path | None = None, deadline: float 
         try:
             status = runner.call(cell.RunScript(), cell.Finished, deadline).status
         except CellDied as died:
-            return crashed(died.incident.evidence.result(), report)
+            return crashed(Incident.of(died).evidence.result(), report)
         except CellRefused as refused:
             return Run(Outcome.REFUSED, f"{refused.kind}: {refused}")
         finally:

@@ -223,10 +223,10 @@ class _SpareKeeper:
 
     def _failed(self, died: CellDied) -> None:
         if self._closed:
-            died.incident.evidence.result()  # `close` has killed it: it is reaped now
+            Incident.of(died).evidence.result()  # `close` has killed it: it is reaped now
             return
         try:
-            self._on_death(died.incident)
+            self._on_death(Incident.of(died))
         except Exception as error:  # noqa: BLE001 - a report that fails must not end the thread
             _log.debug("a death could not be told: %s: %s", type(error).__name__, error)
         self._count()

@@ -263,9 +263,9 @@ class _Line:
 
     def _tell(self, died: CellDied) -> None:
         if self._killed:
-            died.incident.evidence.result()  # killed by `hurry`, which is no crash: it is reaped now
+            Incident.of(died).evidence.result()  # killed by `hurry`, which is no crash: it is reaped now
         else:
-            self._on_death(died.incident)
+            self._on_death(Incident.of(died))
 
     def _reap(self, pid: int, pidfd: int) -> int | None:
         with self._lock:

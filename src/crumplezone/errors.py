@@ -94,7 +94,8 @@ class CellDied(CrumplezoneError):
     """A cell ended before it replied. Inside the package, the ladder catches this.
 
     Attributes:
-        incident: A `crumplezone.sandbox.cells.cell.Incident`; None after unpickling.
+        incident: A `crumplezone.sandbox.autopsy.incident.Incident`, whose `of` knows the type that this leaf
+            cannot name; None after unpickling.
     """
 
     def __init__(self, message: str, incident: Any = None) -> None:

@@ -29,6 +29,7 @@ from crumplezone.errors import (
 )
 from crumplezone.reports.records.report import Exit, Held
 from crumplezone.reports.store.store import Store
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
@@ -223,7 +224,8 @@ def test_fewer_tokens_per_call_than_sequences(tiny: Path, make: Open, store: Sto
     refused = DecodeClient(msgspec.structs.replace(config, n_batch=3), Limits(30, None), reporter=None)
     with contextlib.closing(refused), pytest.raises(CellDied) as died:
         refused.start()
-    assertion = died.value.incident.evidence.result().assertion
+    assertion = Incident.of(died.value).evidence.result().assertion
+    assert assertion is not None
     assert "n_outputs_max <= cparams.n_outputs_max" in assertion.text
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, MemoryLostError
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.workers.batch.call import DecodeOptions, RefusedError, Rows
 from crumplezone.workers.batch.columns import Columns, Int32
@@ -329,7 +330,7 @@ class MemorySession:
 
     def _report(self, died: CellDied, doing: str, result: str) -> str:
         runner = self.runner
-        return self._reporter.file_lone(died.incident, doing, result, runner.config, runner.known)
+        return self._reporter.file_lone(Incident.of(died), doing, result, runner.config, runner.known)
 
     def _note(self, spans: Sequence[Span]) -> None:
         for span in spans:

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from crumplezone.errors import CellDied, CellRefused
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.sandbox.process.cgroup import available_memory
 from crumplezone.workers.cells.client import CellClient
@@ -138,7 +139,7 @@ def _measured(asked: _Question, reporter: Reporter, zygote: Zygote | None) -> Fo
         _log.warning("the width was not measured: %s", refused)
     except CellDied as died:
         result = "the width was not measured; where none is given, sequences are decoded one at a time"
-        reporter.file_lone(died.incident, "while measuring the width", result, asked.config, client.known)
+        reporter.file_lone(Incident.of(died), "while measuring the width", result, asked.config, client.known)
     finally:
         client.close()
     return None

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from crumplezone.errors import CellDied
-from crumplezone.reports.records.report import Evidence, Exit
+from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.autopsy import autopsy
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.autopsy.release import named_fault
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from tests.support.processes.constrained import STRANGER, die_in_a_supervisor, on_x86_64
@@ -124,8 +125,8 @@ def test_without_a_thread_for_it_there_is_evidence_at_once() -> None:
     threading.stack_size(2**47)
     with pytest.raises(CellDied) as caught:
         cell.call(Trick(SEGV), Done, 30)
-    assert caught.value.incident.evidence.done()
-    evidence: Evidence = caught.value.incident.evidence.result()
+    assert Incident.of(caught.value).evidence.done()
+    evidence = Incident.of(caught.value).evidence.result()
     assert not psutil.pid_exists(evidence.pid)
     assert evidence.exit == Exit.SIGNAL
     assert evidence.registers

@@ -11,6 +11,7 @@ import pytest
 
 from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import Evidence, Exit, Step
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
 from tests.support.processes.cells import die, spec
 from tests.support.processes.constrained import die_in_a_supervisor, on_x86_64
@@ -109,7 +110,7 @@ def test_condemned_cells_are_looked_at() -> None:
     assert cell.call(Stunt("echo"), Echo, 30)
     died = cell.condemn(Exit.NON_FINITE, "NaN in row 0")
     assert isinstance(died, CellDied)
-    evidence: Evidence = died.incident.evidence.result(30)
+    evidence = Incident.of(died).evidence.result(30)
     assert (evidence.exit, evidence.detail) == (Exit.NON_FINITE, "NaN in row 0; killed by the supervisor")
     assert evidence.threads
     assert evidence.maps

@@ -19,6 +19,7 @@ import pytest
 
 from crumplezone.errors import CellDied, CellRefused, UsageError
 from crumplezone.reports.records.report import Exit
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
 from tests.support.decoders import descriptors, opened_since
 from tests.support.processes.cells import die, spec
@@ -109,7 +110,7 @@ def test_memory_balloon_is_oom() -> None:
 def test_death_at_start(stunt: str, exit_kind: Exit) -> None:
     with pytest.raises(CellDied) as caught:
         Cell(spec(stunt))
-    evidence = caught.value.incident.evidence.result(30)
+    evidence = Incident.of(caught.value).evidence.result(30)
     assert (evidence.exit, evidence.phase) == (exit_kind, "start")
 
 
@@ -141,7 +142,7 @@ def test_flood_of_stderr_is_drained_into_a_bounded_tail() -> None:
     cell.call(Stunt("flood"), Echo, 30)
     with pytest.raises(CellDied) as caught:
         cell.call(Stunt("kill"), Echo, 30)
-    tail = caught.value.incident.evidence.result(30).stderr_tail
+    tail = Incident.of(caught.value).evidence.result(30).stderr_tail
     assert tail.endswith("last words\n")
     assert len(tail) <= 64 * 1024
 
@@ -182,7 +183,7 @@ def test_huge_log_records_of_a_hostile_cell_are_cut() -> None:
     cell.call(Stunt("shout"), Echo, 30)
     with pytest.raises(CellDied) as caught:
         cell.call(Stunt("kill"), Echo, 30)
-    tail = caught.value.incident.evidence.result(30).log_tail
+    tail = Incident.of(caught.value).evidence.result(30).log_tail
     assert tail
     assert max(map(len, tail)) < 4096
 
@@ -225,7 +226,7 @@ def test_nothing_is_left_behind() -> None:
             cell.call(Stunt(stunt), Echo, 30)
             cell.close()
         except CellDied as died:
-            died.incident.evidence.result(30)
+            Incident.of(died).evidence.result(30)
 
     one("segv")
     gc.collect()

@@ -10,6 +10,7 @@ import pytest
 
 from crumplezone.errors import CellDied, UsageError
 from crumplezone.reports.records.report import Exit
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.child.loop import Room
 
@@ -89,7 +90,7 @@ def test_an_exception_ends_the_call_and_not_the_cell(cell: Cell) -> None:
 def test_a_question_that_nobody_expects_ends_the_cell(cell: Cell) -> None:
     with pytest.raises(CellDied) as raised:
         cell.call(Wonder(1), Number, 20.0)
-    assert raised.value.incident.evidence.result().exit == Exit.PROTOCOL
+    assert Incident.of(raised.value).evidence.result().exit == Exit.PROTOCOL
 
 
 def test_a_cell_that_is_closed_while_it_asks(cell: Cell) -> None:

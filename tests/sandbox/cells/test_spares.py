@@ -22,6 +22,7 @@ from crumplezone import Batch
 from crumplezone.errors import CellDied, ModelError, UsageError
 from crumplezone.reports.records.report import Exit, Report
 from crumplezone.reports.store.store import Store
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.spares import SparePool
 from crumplezone.sandbox.cells.zygote import Zygote
@@ -324,7 +325,7 @@ def test_a_native_crash_in_a_forked_cell(smollm: Path, run: Run) -> None:
     runner.start()
     with pytest.raises(CellDied) as caught:
         runner.send(BATCH, DecodeOptions(encode=True))
-    evidence = caught.value.incident.evidence.result(60)
+    evidence = Incident.of(caught.value).evidence.result(60)
     assert (evidence.exit, evidence.returncode) == (Exit.SIGNAL, -signal.SIGSEGV)
     (crashed,) = [thread for thread in evidence.threads if thread.crashed]
     assert "llama_encode" in {frame.symbol for frame in crashed.native}
@@ -343,7 +344,7 @@ def test_a_model_that_crashes_when_it_decodes_is_found_by_its_first_job(
     assert not runner.wait_for_spares(30)
     with pytest.raises(CellDied) as caught:
         logits(runner)
-    assert caught.value.incident.evidence.result(60).exit == Exit.SIGNAL
+    assert Incident.of(caught.value).evidence.result(60).exit == Exit.SIGNAL
     reports = settled(reporter, store)
     assert [report.evidence.exit for report in reports] == [Exit.SIGNAL] * 3
     assert {report.result for report in reports} == {"another process takes its place; no job was touched"}

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from crumplezone.errors import CellDied, CellRefused, UsageError
-from crumplezone.reports.records.report import Evidence, Exit
+from crumplezone.reports.records.report import Exit
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells import zygote
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
@@ -139,7 +140,7 @@ def test_faults_are_held_in_forked_cells(library: Path, deaths: Deaths, kind: st
     info = cell.info(faults.Info)
     with pytest.raises(CellDied) as caught:
         cell.call(faults.Crash(kind, thread), faults.Survived, 60)
-    evidence: Evidence = caught.value.incident.evidence.result(60)
+    evidence = Incident.of(caught.value).evidence.result(60)
     seed.close()
     fault, expected = evidence.fault, EXPECTED[kind]
     assert fault is not None
@@ -164,7 +165,7 @@ def test_a_killed_zygote_is_replaced_and_its_cells_go_on(grow: Grow, deaths: Dea
     kill(old.pid)
     died = old.died_idle()
     assert died is not None
-    evidence = died.incident.evidence.result(30)
+    evidence = Incident.of(died).evidence.result(30)
     assert (evidence.exit, evidence.returncode) == (Exit.KILLED, None)
     assert "its exit status is not known: it went with the zygote" in evidence.detail
     new.close()
@@ -248,7 +249,7 @@ def test_a_fault_is_held_and_read_after_the_zygotes_death(grow: Grow) -> None:
     kill(seed.pid)
     with pytest.raises(CellDied) as caught:
         cell.call(Stunt("segv"), Echo, 30)
-    evidence = caught.value.incident.evidence.result(30)
+    evidence = Incident.of(caught.value).evidence.result(30)
     assert (evidence.exit, evidence.returncode) == (Exit.SIGNAL, -signal.SIGSEGV)
     assert evidence.registers
 
@@ -330,7 +331,7 @@ def test_a_seed_that_fails(grow: Grow, deaths: Deaths) -> None:
         grow("raise").start()
     with pytest.raises(CellDied) as caught:
         Cell(SPEC, grow("segv").fork)
-    evidence = caught.value.incident.evidence.result(30)
+    evidence = Incident.of(caught.value).evidence.result(30)
     assert (evidence.exit, evidence.phase) == (Exit.SIGNAL, "start")
     assert deaths.empty()  # whoever started it was told
 

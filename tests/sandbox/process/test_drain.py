@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from crumplezone.errors import CellDied
-from crumplezone.reports.records.report import Evidence
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from tests.support.services.tricks import TARGET, Config, Done, Trick
 
@@ -45,7 +45,7 @@ class Stuck(logging.Handler):
 def log_tail(cell: Cell) -> list[str]:
     with pytest.raises(CellDied) as caught:
         cell.call(Trick("os.kill(os.getpid(), 9)"), Done, 30)
-    evidence: Evidence = caught.value.incident.evidence.result(30)
+    evidence = Incident.of(caught.value).evidence.result(30)
     return evidence.log_tail
 
 

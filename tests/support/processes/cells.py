@@ -7,6 +7,7 @@ import pytest
 
 from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import Evidence
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from tests.support.services.stunts import Config, Echo, Stunt
 
@@ -21,7 +22,7 @@ def die(name: str, deadline: float = 30, memory_limit: int | None = None) -> Evi
     cell = Cell(spec(memory_limit=memory_limit))
     with pytest.raises(CellDied) as caught:
         cell.call(Stunt(name), Echo, deadline)
-    evidence: Evidence = caught.value.incident.evidence.result(30)
+    evidence = Incident.of(caught.value).evidence.result(30)
     assert not psutil.pid_exists(evidence.pid)
     assert not cell.alive
     return evidence

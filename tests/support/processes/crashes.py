@@ -9,6 +9,7 @@ import pytest
 
 from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import Evidence, Fault, Thread
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from tests.support.services.faults import Config, Crash, Info, Survived
 
@@ -47,7 +48,7 @@ def die(library: Path, kind: str, thread: str) -> tuple[Evidence, Info]:
     info = cell.info(Info)
     with pytest.raises(CellDied) as caught:
         cell.call(Crash(kind, thread), Survived, 60)
-    evidence: Evidence = caught.value.incident.evidence.result(60)
+    evidence = Incident.of(caught.value).evidence.result(60)
     return evidence, info
 
 

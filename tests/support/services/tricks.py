@@ -16,6 +16,7 @@ import msgspec
 
 from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import Evidence, Step
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.child.loop import Room
 from crumplezone.sandbox.process.launch import spawn
@@ -71,8 +72,7 @@ def perform(
     try:
         cell.call(Trick(code), Done, deadline)
     except CellDied as died:
-        evidence: Evidence = died.incident.evidence.result(30)
-        return evidence
+        return Incident.of(died).evidence.result(30)
     cell.close()
     raise AssertionError("it survived")
 

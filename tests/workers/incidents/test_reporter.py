@@ -46,9 +46,7 @@ def lose(stunt: str = "segv") -> Incident:
     cell = Cell(spec())
     with pytest.raises(CellDied) as caught:
         cell.call(Stunt(stunt), Echo, 30)
-    incident = caught.value.incident
-    assert isinstance(incident, Incident)
-    return incident
+    return Incident.of(caught.value)
 
 
 def end(case: JobRecord) -> None:
@@ -97,11 +95,12 @@ def test_only_the_exit_is_judged_while_the_job_goes_on(reporter: Reporter, store
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from crumplezone.workers.incident import Case, Reporter
+from crumplezone.workers.incidents.job import JobRecord
+from crumplezone.workers.incidents.reporter import Reporter
 from tests.workers.incidents.test_reporter import BATCH, lose
 if __name__ == "__main__":
     reporter = Reporter(Path(sys.argv[1]))
-    reporter.add(Case(), lose(), "native", BATCH)
+    reporter.add(JobRecord(), lose(), "native", BATCH)
     reporter.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 """

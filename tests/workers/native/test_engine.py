@@ -20,6 +20,7 @@ from crumplezone.diagnostics.replay.replay import native_calls
 from crumplezone.diagnostics.replay.script import script
 from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import BatchRecord, Exit, Generating
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.workers.batch.call import DecodeOptions, RefusedError
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.model.limits import Limits
@@ -158,7 +159,7 @@ def test_no_token_is_drawn_from_nan(sampling: Sampling, drive: Make, tmp_path: P
     model.write_bytes(model.read_bytes().replace(norm.tobytes(), (norm * np.nan).tobytes()))
     with pytest.raises(CellDied) as died:
         drive(model, 1).alone(words(5), sampling)
-    assert died.value.incident.evidence.result().exit == Exit.NON_FINITE
+    assert Incident.of(died.value).evidence.result().exit == Exit.NON_FINITE
 
 
 # --- when a reply comes
