@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from crumplezone.diagnostics.ci.probe import Difference, Probe, Said, Texts, batch, context, difference, probe
-from crumplezone.errors import CellDied, CellRefused, ContextError, CrumplezoneError, InputError, ReportError
+from crumplezone.errors import CellRefused, ContextError, CrumplezoneError, InputError, ReportError
 from crumplezone.reports.analysis.signature import sign
-from crumplezone.reports.records.report import Evidence, Exit, Outcome, Report
+from crumplezone.reports.records.report import Evidence, Exit, Report
 from crumplezone.reports.records.run import CaseRecord, Ending, Shape
 from crumplezone.sandbox.autopsy import observe
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.columns import Columns, Float32
 from crumplezone.workers.batch.results import Rung
+from crumplezone.workers.incidents.attempt import Attempt
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
@@ -58,17 +60,17 @@ def run_case(case: Case, store: Path) -> CaseRecord:
         store: Directory of the report store that a crash, a hang or an OOM is reported in.
     """
     begin, reporter = time.perf_counter(), Reporter(store)
-    attempt = _Attempt(case, reporter)
+    trial = _Trial(case, reporter)
     try:
-        attempt.run()
+        trial.run()
     finally:
-        attempt.file()
+        trial.file()
         reporter.close()
     ms = round((time.perf_counter() - begin) * 1000, 1)
-    return msgspec.structs.replace(attempt.record(), ms=ms)
+    return msgspec.structs.replace(trial.record(), ms=ms)
 
 
-class _Attempt:
+class _Trial:
     """A case on its way.
 
     Args:
@@ -130,25 +132,30 @@ class _Attempt:
 
     def _natively(self, native: Probe) -> None:
         every = list(range(self._case.shape.sequences))
-        with contextlib.closing(native.runner), self._noted(Rung.NATIVE, every, native):
-            columns = batch(self._case.shape, native.tokenize(), native.runner.info)
-            self._columns = columns
-            self._native = native.ask(columns)
-            self._peak = _peak(native.runner.pid)
+        with contextlib.closing(native.runner):
+            with self._attempt(Rung.NATIVE, every, native) as tried:
+                columns = batch(self._case.shape, native.tokenize(), native.runner.info)
+                self._columns = columns
+                self._native = native.ask(columns)
+                self._peak = _peak(native.runner.pid)
+            self._judge(tried, Rung.NATIVE)
 
     def _safely(self, safe: Probe) -> None:
         """One sequence at a time, until one fails."""
         differences = dict[int, Difference]()
         with contextlib.closing(safe.runner):
             for seq_id in range(self._case.shape.sequences):
-                with self._noted(Rung.SAFE, [seq_id], safe):
+                with self._attempt(Rung.SAFE, [seq_id], safe) as tried:
                     if self._columns is None:
                         self._columns = batch(self._case.shape, safe.tokenize(), safe.runner.info)
                     (answer,) = safe.ask(self._columns.alone(seq_id).renamed(0))
                     if self._native and (found := difference(self._native[seq_id], answer)):
                         differences[seq_id] = found
                     self._say(safe, seq_id, answer)
-                if self._job.steps[-1].outcome is not Outcome.OK:
+                if not tried.ok:
+                    if tried.died and safe.sent:
+                        self._job.blamed.append(seq_id)
+                    self._judge(tried, Rung.SAFE)
                     return
             self._peak = self._peak or _peak(safe.runner.pid)
         if differences:
@@ -167,35 +174,21 @@ class _Attempt:
         self._texts.append(one)
         self._safe_texts.append(other)
 
-    @contextlib.contextmanager
-    def _noted(self, rung: Rung, seq_ids: list[int], probe: Probe) -> Iterator[None]:
-        """Note what a rung came to, whatever that is."""
-        start, outcome, detail = time.perf_counter(), Outcome.OK, ""
-        try:
-            yield
-        except CellDied as died:
-            outcome, detail = Outcome.CRASHED, str(died)
-            self._lost(died, rung, seq_ids, probe)
-        except (RefusedError, CellRefused, InputError, ContextError) as refused:
-            outcome, detail = Outcome.REFUSED, str(refused)
-            self._end(Ending.REFUSED, detail, rung)
-        except (CrumplezoneError, OSError) as error:
-            outcome, detail = Outcome.REFUSED, str(error)
-            self._end(Ending.ERROR, detail, rung)
-        self._job.step(rung, outcome, seq_ids, detail, (time.perf_counter() - start) * 1000)
+    def _attempt(self, rung: Rung, seq_ids: list[int], probe: Probe) -> Attempt:
+        return Attempt(self._reporter, self._job, probe.runner, rung, seq_ids, lambda: probe.sent)
 
-    def _lost(self, died: CellDied, rung: Rung, seq_ids: list[int], probe: Probe) -> None:
-        """A cell that died, with its report."""
-        incident, runner, sent = died.incident, probe.runner, probe.sent
-        self._reporter.add(self._job, incident, rung, sent, runner.config, runner.known)
-        if sent and rung is Rung.SAFE:
-            self._job.blamed += seq_ids
-        evidence: Evidence = incident.evidence.result()
-        ending = _ENDINGS.get(evidence.exit, Ending.CRASH)
-        title = sign(Report("", "", evidence)).title
-        self._end(ending, f"{title} ({evidence.detail})" if evidence.detail else title, rung)
-        if self._evidence is None:
-            self._evidence, self._peak = evidence, self._peak or evidence.peak_rss
+    def _judge(self, tried: Attempt, rung: Rung) -> None:
+        """What a rung that failed makes of the case."""
+        if tried.died:
+            evidence = Incident.of(tried.died).evidence.result()
+            title = sign(Report("", "", evidence)).title
+            detail = f"{title} ({evidence.detail})" if evidence.detail else title
+            self._end(_ENDINGS.get(evidence.exit, Ending.CRASH), detail, rung)
+            if self._evidence is None:
+                self._evidence, self._peak = evidence, self._peak or evidence.peak_rss
+        elif not tried.ok:
+            refused = isinstance(tried.error, RefusedError | CellRefused | InputError | ContextError)
+            self._end(Ending.REFUSED if refused else Ending.ERROR, tried.problem, rung)
 
     def _end(self, ending: Ending, detail: str, rung: Rung = Rung.NATIVE) -> None:
         """The first failure is what the case comes to."""

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
-from crumplezone.errors import (
-    CellDied,
-    CrumplezoneError,
-    InputError,
-    SequenceError,
-    check_integer,
-    check_texts,
-)
-from crumplezone.reports.records.report import BatchRecord, Outcome
+from crumplezone.errors import CrumplezoneError, InputError, SequenceError, check_integer, check_texts
+from crumplezone.reports.records.report import BatchRecord
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.columns import Columns, Float32, Int32
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.embed.client import EmbedClient
 from crumplezone.workers.embed.packing import plan
+from crumplezone.workers.incidents.attempt import Attempt
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.record import batch_record
@@ -120,7 +113,7 @@ class Embedder:
                 job.embed(config, call)
         finally:
             if job.errors:
-                self._reporter.flush()  # an error that names a report comes after it
+                self._reporter.flush()  # once for all the jobs of this call: see `Reporter.file`
         if normalize:
             norms = np.sqrt(np.einsum("ij,ij->i", job.vectors, job.vectors, dtype=np.float64))
             job.vectors /= np.where(norms > 0, norms, 1)[:, None]
@@ -215,22 +208,14 @@ class _EmbedJob:
         case: JobRecord,
     ) -> SequenceError | None:
         """Do it; what went wrong, said of the first text."""
-        start, report, rc = time.perf_counter(), None, None
-        try:
+        with Attempt(self._reporter, case, self._runner, rung, texts, partial(kept, texts)) as tried:
             self._want_cell()
             work(texts)
-        except CellDied as died:
-            runner = self._runner
-            report = self._reporter.add(case, died.incident, rung, kept(texts), runner.config, runner.info)
-            outcome, problem = Outcome.CRASHED, str(died)
-            if rung is Rung.SAFE:
-                case.blamed += texts
-        except (RefusedError, CrumplezoneError, OSError) as refused:  # also: no cell could be had
-            outcome, problem, rc = Outcome.REFUSED, str(refused), getattr(refused, "rc", None)
-        else:
-            outcome, problem = Outcome.OK, ""
-        case.step(rung, outcome, texts, problem, (time.perf_counter() - start) * 1000)
-        return None if outcome is Outcome.OK else SequenceError(texts[0], problem, report, rc)
+        if tried.ok:
+            return None
+        if tried.died and rung is Rung.SAFE:
+            case.blamed += texts
+        return SequenceError(texts[0], tried.problem, tried.report, tried.rc)
 
     def _want_cell(self) -> None:
         """Raise `CrumplezoneError` if no cell can be had. What was refused once is not asked for again."""

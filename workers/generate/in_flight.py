@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, SequenceError
-from crumplezone.reports.records.report import Outcome
+from crumplezone.reports.records.report import BatchRecord
+from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
-from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.generate.completion import Completion, failed
 from crumplezone.workers.generate.jobs import PromptJob, deliver, drop, fail
+from crumplezone.workers.incidents.attempt import Attempt
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.rungs import KILLS_MAX, SafeRungs, was_killed
@@ -130,11 +130,11 @@ class Generation:
                 self._leave(running)
         if not self._running:
             return
-        start = time.perf_counter()
-        try:
+        case, indices = JobRecord(), [running.job.index for running in self._running.values()]
+        with Attempt(self._reporter, case, self._runner, Rung.NATIVE, indices, self._batch) as tried:
             generated = self._native()
-        except (RefusedError, CrumplezoneError, OSError) as error:  # also: no native cell could be had
-            self._descend(error, (time.perf_counter() - start) * 1000)
+        if not tried.ok:
+            self._descend(case, tried.problem)
             return
         for progress in generated.progress:
             running = self._running[progress.seq_id]
@@ -186,7 +186,7 @@ class Generation:
     def _report_tokenizer(self, job: PromptJob, died: CellDied, result: str) -> str:
         runner = self._runner
         return self._reporter.file_lone(
-            died.incident, "tokenize", result, runner.config, runner.known, [job.index]
+            Incident.of(died), "tokenize", result, runner.config, runner.known, [job.index]
         )
 
     def _end(self, running: _Running) -> None:
@@ -222,45 +222,39 @@ class Generation:
 
     # Crashes.
 
-    def _descend(self, error: Exception, ms: float) -> None:
+    def _batch(self) -> BatchRecord:
+        """What the cell was computing."""
+        joins = [running.join() for running in self._running.values()]
+        return self._runner.last_batch(self._runner.info.n_batch, joins)
+
+    def _descend(self, case: JobRecord, problem: str) -> None:
         """Run every prompt in flight alone, from its last delivered token, until it may join the others."""
-        case, fallen = JobRecord(), list(self._running.values())
-        indices = [running.job.index for running in fallen]
-        outcome = Outcome.REFUSED
-        if isinstance(error, CellDied):
-            outcome, joins = Outcome.CRASHED, [running.join() for running in fallen]
-            batch = self._runner.last_batch(self._runner.info.n_batch, joins)
-            self._reporter.add(
-                case, error.incident, Rung.NATIVE, batch, self._runner.config, self._runner.known
-            )
-        case.step(Rung.NATIVE, outcome, indices, str(error), ms)
+        fallen = list(self._running.values())
         self._joining = []
         lost: list[tuple[_Running, Rung, CrumplezoneError]] = []
         cured = 0
         try:
             for running in fallen:
                 running.falls += 1
-                self._cure(running, case, error, lost)
+                self._cure(running, case, problem, lost)
                 cured += not (lost and lost[-1][0] is running)
         finally:
             case.result = f"{cured} of {len(fallen)} prompts in flight were cured by {Rung.SAFE}"
-            self._reporter.file(case, self._runner.config, self._runner.known)
-            if lost:
-                self._reporter.flush()  # an error that names a report comes after it
-            for running, rung, problem in lost:
-                running.done("error", rung, problem)
+            self._reporter.file(case, self._runner.config, self._runner.known, failed=bool(lost))
+            for running, rung, error in lost:
+                running.done("error", rung, error)
 
     def _cure(
         self,
         running: _Running,
         case: JobRecord,
-        native_error: Exception,
+        problem: str,
         lost: list[tuple[_Running, Rung, CrumplezoneError]],
     ) -> None:
         """Have a prompt get past the place of the crash by itself, to go on with the others; or end it."""
         error: CrumplezoneError | None
         if self._descent is None:
-            what = f"prompt {running.job.index}: {native_error}; safe_fallback is off"
+            what = f"prompt {running.job.index}: {problem}; safe_fallback is off"
             reason, rung, error = None, Rung.NATIVE, CrumplezoneError(what)
         else:
             reason, rung, error = self._descent.attempt(

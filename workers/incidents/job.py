@@ -33,7 +33,6 @@ class JobRecord:
     Attributes:
         blamed: Sequences that failed and were seen to crash alone.
         no_cell: Why no safe cell can be had, or an empty string.
-        rc: What llama.cpp returned on the native rung, if it did not crash there.
         ended: It was handed over: nothing of it changes any more.
     """
 
@@ -42,7 +41,6 @@ class JobRecord:
     blamed: list[int] = field(default_factory=list)
     result: str = ""
     no_cell: str = ""
-    rc: int | None = None
     ended: bool = False
 
     @property

@@ -124,12 +124,23 @@ class Reporter:
         self.file(case, None, None)
         return path
 
-    def file(self, case: JobRecord, config: CellConfig | None, info: CellInfo | None) -> None:
-        """Hand over a case that has ended."""
+    def file(
+        self, case: JobRecord, config: CellConfig | None, info: CellInfo | None, *, failed: bool = False
+    ) -> None:
+        """Hand over a case that has ended.
+
+        Args:
+            case: The job.
+            config: For the crashes that were added without one.
+            info: Likewise.
+            failed: Whether its caller gets an error. That may name a report, so it comes after all of them.
+        """
         case.ended = True
         for crash in case.crashes:
             crash.config, crash.info = crash.config or config, crash.info or info
             self._submit(logging.ERROR, self._end, crash, case)
+        if failed:
+            self.flush()
 
     def flush(self) -> None:
         """Wait until every report handed over is on disk (or its failure was logged)."""

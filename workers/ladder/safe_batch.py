@@ -10,13 +10,13 @@ import msgspec
 
 from crumplezone.reports.store.store import default_directory
 from crumplezone.workers.batch.batch import Batch
-from crumplezone.workers.batch.call import DecodeOptions, Rows
-from crumplezone.workers.batch.columns import Columns
+from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.results import Result
 from crumplezone.workers.batch.validate import MemoryState, validate
 from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
+from crumplezone.workers.ladder.calls import SingleCall
 from crumplezone.workers.ladder.rungs import SafeRungs
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import capacity, configure
@@ -75,16 +75,12 @@ class SafeBatchProcessor:
         validate(
             columns, capacity(runner.info, limits, embeddings=embeddings), MemoryState.empty(batch.n_seq_max)
         )
-        case = JobRecord()
-
-        def send(alone: Columns, chunk: int) -> Rows:
-            return runner.send(alone.renamed(0), ask, chunk)
-
-        sequences = self._descent.each(columns, ask, case, "decode", send)
+        job = JobRecord()
+        sequences = self._descent.each(SingleCall(runner, columns, ask), job)
         done = sum(not each.error for each in sequences)
-        case.result = f"{done} of {len(sequences)} sequences decoded one at a time"
-        self._reporter.file(case, self._config, runner.info)
-        return Result(sequences, case.reports)
+        job.result = f"{done} of {len(sequences)} sequences decoded one at a time"
+        self._reporter.file(job, self._config, runner.info, failed=bool(job.blamed))
+        return Result(sequences, job.reports)
 
     def close(self) -> None:
         """End the cell and finish the reports."""

@@ -165,6 +165,7 @@ def test_a_crash_in_a_safe_processor(tiny: Path, store: Store, dose: Dose) -> No
     dose(Poison(token=99))
     with SafeBatchProcessor(tiny, n_ctx=64, n_threads=1, reports=store.directory) as safe:
         result = safe.decode(Batch.of([[4, 5], [99]]))
+        assert {row.result for row in store.rows()} == {"1 of 2 sequences decoded one at a time"}
     assert list(result.errors) == [1]
     assert result.rung(0) == Rung.SAFE
     assert [store.read(row.id).rung for row in store.rows()] == ["token", "safe"]
