@@ -98,7 +98,7 @@ class CellDied(CrumplezoneError):
             cannot name; None after unpickling.
     """
 
-    def __init__(self, message: str, incident: Any = None) -> None:
+    def __init__(self, message: str, incident: object = None) -> None:
         super().__init__(message)
         self.incident = incident
 

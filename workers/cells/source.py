@@ -12,7 +12,7 @@ import msgspec
 
 from crumplezone.errors import CellDied, CellRefused, ContextError, CrumplezoneError, ModelError, UsageError
 from crumplezone.reports.formats import text
-from crumplezone.reports.records.report import Evidence, Report
+from crumplezone.reports.records.report import Report
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.spares import SparePool
@@ -105,7 +105,7 @@ class CellSource:
             UsageError: It was closed.
         """
         if self._cell and (died := self._cell.died_idle()):
-            report_idle(self._reporter, self.config, died.incident)
+            report_idle(self._reporter, self.config, Incident.of(died))
         return self.running()
 
     def running(self) -> Cell:
@@ -172,13 +172,10 @@ class CellSource:
             raise self._loader_crashed(died, self._reporter) from died
 
     def _loader_crashed(self, died: CellDied, reporter: Reporter) -> ModelError:
-        result = "the model could not be loaded"
-        path = reporter.file_lone(
-            died.incident, "while loading the model", result, self.config.context(), None
-        )
+        incident, result = Incident.of(died), "the model could not be loaded"
+        path = reporter.file_lone(incident, "while loading the model", result, self.config.context(), None)
         reporter.flush()
-        evidence: Evidence = died.incident.evidence.result()
-        what = text.summary(Report("", "", evidence, result=result))
+        what = text.summary(Report("", "", incident.evidence.result(), result=result))
         return ModelError(self.config.model, f"llama.cpp died while loading it. {what} Report: {path}", path)
 
 

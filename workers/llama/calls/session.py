@@ -13,15 +13,17 @@ from typing import Any, TypeVar
 import msgspec
 
 from crumplezone.errors import CellDied, CellRefused, InputError, SequenceError, UsageError
-from crumplezone.reports.records.report import Outcome
+from crumplezone.reports.records.report import BatchRecord
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.cells.factory import Cells
+from crumplezone.workers.incidents.attempt import Attempt
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.llama.calls.callbacks import Callbacks
 from crumplezone.workers.llama.calls.checkpoint import BYTES_MAX, Checkpoint
 from crumplezone.workers.llama.calls.client import Decode, LlamaClient
 from crumplezone.workers.llama.calls.lock import CallLock
 from crumplezone.workers.llama.calls.task import LlamaSnapshot, Task
+from crumplezone.workers.protocol.config import CellConfig, CellInfo
 from crumplezone.workers.protocol.llama import LlamaConfig, LlamaInfo, LlamaSeedInfo, Output
 
 _T = TypeVar("_T")
@@ -46,7 +48,7 @@ class Session:
     """
 
     def __init__(self, config: LlamaConfig, cells: Cells, spares: int | None) -> None:
-        self._config, self._cells, self._reporter = config, cells, cells.reporter
+        self._llama, self._cells, self.reporter = config, cells, cells.reporter
         self.snapshot = LlamaSnapshot(seed=config.parameters["seed"] or 0xFFFFFFFF)
         self._owner = os.getpid()
         self._closed = False
@@ -70,7 +72,7 @@ class Session:
     def _spares(self, given: int | None) -> int:
         if given is not None or not self._cells.zygote:
             return self._cells.spares
-        if self._config.parameters["logits_all"]:
+        if self._llama.parameters["logits_all"]:
             why = "logits_all keeps a row of logits for each token of the context"
         else:
             seed = self._cautious.seed_info(LlamaSeedInfo)
@@ -85,6 +87,21 @@ class Session:
         """What the model and the context are."""
         assert self._native.known is not None
         return self._native.known
+
+    @property
+    def config(self) -> CellConfig:
+        """Of the running cell, as reports have it."""
+        return self._client.context
+
+    @property
+    def known(self) -> CellInfo | None:
+        """Facts of the model, if a cell ever ran."""
+        return self._client.model
+
+    @property
+    def alive(self) -> bool:
+        """Whether the cell of the latest call was not lost."""
+        return self._client.cell is not None and self._client.cell.alive
 
     @property
     def processes(self) -> dict[str, list[int]]:
@@ -149,12 +166,12 @@ class Session:
                 self._lock.close()
                 self._native.close()
                 self._cautious.close()
-                self._reporter.close()
+                self.reporter.close()
                 self._cells.close()  # last: it reaps those that are being examined
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
-        self._reporter.flush()
+        self.reporter.flush()
 
     def _check(self, *, query: bool = False) -> None:
         if os.getpid() != self._owner:
@@ -206,7 +223,7 @@ class Session:
             self._invoke(task)
             for earlier in task.sent:  # the caller has had these items
                 self._next(task, earlier)
-        elif self._checkpoint.due and self._config.restorable:
+        elif self._checkpoint.due and self._llama.restorable:
             self._checkpoint.make(self.snapshot.tokens, lambda: self._client.save(0, BYTES_MAX))
         value, end = self._next(task, sent)
         if end:
@@ -239,57 +256,55 @@ class Session:
 
     def _attempt(self, task: Task, step: Callable[[], _T]) -> _T:
         """A step of a task, in as many cells as it takes."""
+        job = JobRecord()
         while True:
+            tried = _Trial(self, task, job)
             try:
-                value = step()
-            except CellDied as died:
-                cell = self._client.cell
-                if cell is not None and cell.alive:  # of something else, in a callback
-                    raise
-                self._lost(task, died)
-            except CellRefused as refused:
-                self._client.forget()
-                if "llama_decode returned" in str(refused):
-                    self._client.discard_cell()  # its context is not to be trusted
-                self._settle(task, f"{task.method} failed: {refused}")
-                raise self._translated(task, refused) from refused
+                with tried:
+                    value = step()
             except BaseException as error:
-                self._client.forget()
-                self._settle(task, f"{task.method} was given up: {type(error).__name__}")
-                raise
-            else:
-                self._settle(task, f"{task.method} went on in a new cell; nothing was lost", cured=True)
+                told = self._given_up(task, job, error)
+                if told is error:
+                    raise
+                raise told from error
+            if tried.ok:
+                self._settle(job, f"{task.method} went on in a new cell; nothing was lost")
                 return value
+            self._lost(task, job, tried)
 
-    def _lost(self, task: Task, died: CellDied) -> None:
-        """Report a crash, and decide whether there is another attempt."""
-        client = self._client
-        client.forget()
+    def _given_up(self, task: Task, job: JobRecord, error: BaseException) -> BaseException:
+        """What to raise for an error that costs no cell."""
+        self._client.forget()
+        if not isinstance(error, CellRefused):
+            self._settle(job, f"{task.method} was given up: {type(error).__name__}")
+            return error
+        if "llama_decode returned" in str(error):
+            self._client.discard_cell()  # its context is not to be trusted
+        self._settle(job, f"{task.method} failed: {error}")
+        return self._translated(task, error)
+
+    def _lost(self, task: Task, job: JobRecord, tried: Attempt) -> None:
+        """Decide whether there is another attempt."""
+        self._client.forget()
         if task.restored:
             self._checkpoint.drop()
-        again, crashed, context = task.lost(), task.case, client.context
-        batch = task.batch(context.n_batch)
-        path = self._reporter.add(crashed, died.incident, client.rung, batch, context, client.model)
+        again, path = task.lost(), tried.report
+        assert path is not None
         task.reports.append(path)
-        crashed.step(client.rung, Outcome.CRASHED, [0], f"{task.method}: {died}")
         if task.stage == "grammar":
-            self._settle(task, "the grammar crashes llama.cpp's parser")
+            self._settle(job, "the grammar crashes llama.cpp's parser", failed=True)
             problem = f"crashes llama.cpp's grammar parser; report: {path}"
-            raise InputError("grammar", task.shown_grammar, problem) from died
+            raise InputError("grammar", task.shown_grammar, problem) from tried.error
         if not again:
-            crashed.blamed.append(0)
-            self._settle(task, f"{task.method} crashes token by token too")
-            self._reporter.flush()  # an error that names a report comes after it
+            job.blamed.append(0)
+            self._settle(job, f"{task.method} crashes token by token too", failed=True)
             problem = f"{task.method} lost {task.losses} cells, the last one with one thread, token by token"
-            raise SequenceError(0, f"{problem}: {died}", path) from died
+            raise SequenceError(0, f"{problem}: {tried.error}", path) from tried.error
 
-    def _settle(self, task: Task, result: str, *, cured: bool = False) -> None:
-        if task.case.crashes:
-            if cured:
-                task.case.step(task.rung, Outcome.OK, [0], "again, in a new cell")
-            task.case.result = result
-            self._reporter.file(task.case, self._client.context, self._client.model)
-            task.case = JobRecord()
+    def _settle(self, job: JobRecord, result: str, *, failed: bool = False) -> None:
+        if job.crashes:
+            job.result = result
+            self.reporter.file(job, self.config, self.known, failed=failed)
 
     def _translated(self, task: Task, refused: CellRefused) -> Exception:
         """What the original raises, as far as it is a built-in exception."""
@@ -302,6 +317,26 @@ class Session:
             return ValueError(message)
         kind = _RAISED.get(refused.kind)
         return kind(message) if kind else refused
+
+
+class _Trial(Attempt):
+    """One try of a step. What it is told of is the death of the session's own cell."""
+
+    def __init__(self, session: Session, task: Task, job: JobRecord) -> None:
+        super().__init__(session.reporter, job, session, task.rung, [0], self._evaluated)
+        self._session, self._task = session, task
+
+    def tells(self, error: BaseException) -> bool:
+        """Not of another cell, that a callback of the caller has used."""
+        return isinstance(error, CellDied) and not self._session.alive
+
+    @property
+    def problem(self) -> str:
+        """With the method's name."""
+        return f"{self._task.method}: {self.error}" if self.error else ""
+
+    def _evaluated(self) -> BatchRecord | None:
+        return self._task.batch(self._session.config.n_batch)
 
 
 def decoded(kind: Any) -> Decode:

@@ -10,7 +10,6 @@ from typing import Any
 
 from crumplezone.reports.records.report import BatchRecord
 from crumplezone.workers.batch.results import Rung
-from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.protocol.llama import Grammar, LlamaCall, Note
 
 _GENERATIONS_MAX = 4096  # within one call: a chat format makes one for each tool that is called
@@ -55,7 +54,6 @@ class Task:
         reports: Directories of their reports.
         news: Whether the caller has not yet been told of the latest.
         restored: Whether the cell that has it began with a saved state.
-        case: Crashes that are not yet filed.
     """
 
     method: str
@@ -74,7 +72,6 @@ class Task:
     reports: list[str] = field(default_factory=list)
     news: bool = False
     restored: bool = False
-    case: JobRecord = field(default_factory=JobRecord)
     _identity: int = field(default_factory=lambda: SystemRandom().getrandbits(63))
     _created: int = field(default_factory=lambda: int(time.time()))
     _in_vain: int = 0  # cells lost since it last got any further
