@@ -30,6 +30,7 @@ _NAMES = {
     "Bus error": signal.SIGBUS,
     "Illegal instruction": signal.SIGILL,
     "Floating point exception": signal.SIGFPE,
+    "Floating-point exception": signal.SIGFPE,  # since Python 3.13
     "Aborted": signal.SIGABRT,
     "Segmentation fault": signal.SIGSEGV,
 }

@@ -23,6 +23,11 @@ _PR_SET_DUMPABLE, _PR_SET_PTRACER = 4, 0x59616D61
 # `crumplezone exec` puts others in the place of these, see exec_hook.py.
 _enable = getattr(faulthandler.enable, "__wrapped__", faulthandler.enable)
 _disable = getattr(faulthandler.disable, "__wrapped__", faulthandler.disable)
+_OPTIONS = {"all_threads": True}
+if sys.version_info >= (3, 14):
+    # It would walk the C stack by libgcc's unwinder, from within the signal's handler: that takes locks, and
+    # may fault on a corrupt stack. pystack does it from outside, while the process is held.
+    _OPTIONS["c_stack"] = False
 
 
 class _SigAction(ctypes.Structure):  # glibc's struct sigaction on x86-64 and aarch64
@@ -88,7 +93,7 @@ def hold_on_fault(fault_fd: int, tracer: int, *, park: bool = True) -> None:
     _disable()
     if known_machine:
         _stand_behind(libc, park=park)
-    _enable(file=fault_fd, all_threads=True)
+    _enable(file=fault_fd, **_OPTIONS)
     if known_machine:
         # Kernels copy siginfo into the signal frame only with SA_SIGINFO, which CPython does not set.
         for signum in _FATAL:

@@ -20,6 +20,7 @@ import pytest
 from crumplezone.errors import CellDied, CellRefused, UsageError
 from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.sandbox.autopsy.release import named_fault
 from crumplezone.sandbox.cells.cell import Cell
 from tests.support.decoders import descriptors, opened_since
 from tests.support.processes.cells import die, spec
@@ -49,6 +50,10 @@ def test_fatal_signals_are_held_and_read(stunt: str, name: str, code: str) -> No
     assert any(frame.symbol == "handle" for frame in crashed[0].python)
     assert any(frame.module.endswith(".so") or "python" in frame.module for frame in crashed[0].native)
     assert "handle" in evidence.faulthandler
+    assert "C stack" not in evidence.faulthandler  # Python 3.14 would add it
+    named = named_fault(evidence.faulthandler)
+    assert named is not None
+    assert named.name == name
 
 
 def test_fault_address_is_the_one_touched() -> None:
