@@ -43,7 +43,9 @@ def test_each_sequence_gets_its_own_rows_in_order(batch: list[tuple[list[int], b
 
 def test_rows_are_asked_by_position() -> None:
     ones = np.ones(4, np.int32)
-    columns = Columns(ones, None, ones.cumsum(), ones, np.array([0, 1, 0, 1]), np.array([True, False] * 2))
+    columns = Columns(
+        ones, None, ones.cumsum(dtype=np.int32), ones, np.array([0, 1, 0, 1]), np.array([True, False] * 2)
+    )
     result = Result(share_out(columns, Rows(np.array([[5], [6]], np.float32), None)), [])
     assert [result.logits(0, pos).tolist() for pos in (1, 3, -1)] == [[5], [6], [6]]
     for seq_id, pos in ((0, 2), (0, -2), (1, 2), (1, -1), (2, -1)):
