@@ -14,12 +14,12 @@ from typing import NamedTuple, NoReturn
 import pytest
 from _pytest.runner import runtestprotocol  # what plugins that run tests themselves have always used
 
-from crumplezone.diagnostics.pytest_plugin.logs import Wire
 from crumplezone.diagnostics.pytest_plugin.notes import Ended, Left, Notes, Reported, Warned
 from crumplezone.reports.records.report import Frame
 from crumplezone.sandbox.child.arm import die_with, hold_on_fault, stand_down
 from crumplezone.sandbox.ipc.exit_marks import ExitMarks
 from crumplezone.sandbox.process.lines import Ends
+from crumplezone.sandbox.process.log_relay import LogRelay
 
 
 class Inherited:
@@ -85,14 +85,14 @@ class Birth(NamedTuple):
     ignored: bool
 
 
-def live(item: pytest.Item, birth: Birth, notes: Notes, wire: Wire) -> NoReturn:
+def live(item: pytest.Item, birth: Birth, notes: Notes, relay: LogRelay) -> NoReturn:
     """Be the cell of a test. Signals are blocked when this is called.
 
     Args:
         item: The test.
         birth: Lines and supervisor.
         notes: Where to tell of the test.
-        wire: Where to log.
+        relay: Where to log.
     """
     status, leave = 1, os._exit
     try:
@@ -103,7 +103,7 @@ def live(item: pytest.Item, birth: Birth, notes: Notes, wire: Wire) -> NoReturn:
         os.register_at_fork(after_in_child=stand_down)  # what the test forks dies as it would anywhere
         marks = ExitMarks(birth.ends.arena)
         _settle(item.config, birth.ends)
-        wire.take_over()
+        relay.take_over()
         if inherited := item.config.pluginmanager.get_plugin(Inherited.NAME):
             inherited.disown(item.session)
         item.config.pluginmanager.register(_Scribe(item.config, notes))

@@ -18,7 +18,7 @@ import pytest
 
 from crumplezone.diagnostics.pytest_plugin.child import Birth, live
 from crumplezone.diagnostics.pytest_plugin.failure import Phase, failed, left, reported, story
-from crumplezone.diagnostics.pytest_plugin.logs import Wire
+from crumplezone.diagnostics.pytest_plugin.logs import LogTail
 from crumplezone.diagnostics.pytest_plugin.notes import Ended, Left, Note, Notes, Reported, Warned
 from crumplezone.diagnostics.pytest_plugin.options import TIMEOUT
 from crumplezone.errors import InputError, check_integer, check_number
@@ -28,6 +28,7 @@ from crumplezone.sandbox.cells.guest import Guest
 from crumplezone.sandbox.process.drain import OutputTail
 from crumplezone.sandbox.process.launch import launch
 from crumplezone.sandbox.process.lines import Ends
+from crumplezone.sandbox.process.log_relay import LogRelay
 from crumplezone.sandbox.process.process import Child, children_kept, reap_own
 
 _TIMEOUT_MAX = 1e6  # seconds
@@ -85,7 +86,8 @@ class _Ran:
     """
 
     said: _TestOutput
-    wire: Wire
+    logs: LogTail
+    relay: LogRelay
     began: float = field(default_factory=time.time)
     reports: list[pytest.TestReport] = field(default_factory=list)
     end: Ended | None = None
@@ -149,17 +151,18 @@ def _run_cell(item: pytest.Item, limits: _Limits) -> _Ran:
         notes = Notes()
         stack.callback(notes.close)
         plugin = config.pluginmanager.get_plugin("logging-plugin")
-        wire = Wire(plugin.formatter if plugin else logging.Formatter(logging.BASIC_FORMAT))
-        stack.callback(wire.close)
-        ran = _Ran(_TestOutput(config), wire)
+        logs = LogTail(plugin.formatter if plugin else logging.Formatter(logging.BASIC_FORMAT))
+        relay = LogRelay("crumple-log", logs)
+        stack.callback(relay.close)
+        ran = _Ran(_TestOutput(config), logs, relay)
         ignored = stack.enter_context(children_kept())
         guest = _start(item, limits, notes, ran, ignored=ignored)
         stack.callback(guest.close)
-        wire.leave_sending()
+        relay.leave_sending()
         outcome = guest.wait(limits.timeout)
         if isinstance(outcome, Incident):
             outcome.evidence.result()  # only then it is dead
-        wire.close()
+        relay.close()
         try:
             for note in notes.read():
                 _take(item, ran, note)
@@ -187,7 +190,7 @@ def _start(item: pytest.Item, limits: _Limits, notes: Notes, ran: _Ran, *, ignor
         if not birth:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if birth:
-        live(item, birth, notes, ran.wire)
+        live(item, birth, notes, ran.relay)
     return guest
 
 
@@ -303,9 +306,9 @@ def _lost(item: pytest.Item, ran: _Ran, incident: Incident) -> pytest.TestReport
     elif phases[-1].when == "setup" and phases[-1].passed:
         when = "call"
     since = phases[-1].stop if phases else ran.began
-    path, line, what = story(item, incident, ran.wire.plain())
+    path, line, what = story(item, incident, ran.logs.plain())
     out, err = ran.said.captured()
-    for name, content in (("stdout", out), ("stderr", err), ("log", "\n".join(ran.wire.since(since)))):
+    for name, content in (("stdout", out), ("stderr", err), ("log", "\n".join(ran.logs.since(since)))):
         item.add_report_section(when, name, content)
     report = failed(item, when, what, place=(path, line), began=since)
     if phases:

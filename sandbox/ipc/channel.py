@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 MAX_FRAME = 128 * 1024  # below Linux's default SO_SNDBUF (net.core.wmem_default, 212992)
+CREATED_MAX = 2.0**37  # of a log record, seconds since 1970: in the year 6325; formatters can show up to 9999
 
 
 class Start(msgspec.Struct, tag="start", frozen=True):

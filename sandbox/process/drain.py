@@ -20,14 +20,13 @@ import msgspec
 import psutil
 
 from crumplezone.reports.records.report import Sample
-from crumplezone.sandbox.ipc.channel import MAX_FRAME, LogLine
+from crumplezone.sandbox.ipc.channel import CREATED_MAX, MAX_FRAME, LogLine
 from crumplezone.sandbox.process.process import Process
 
 _STDERR_TAIL = 64 * 1024
 _LOG_TAIL = 200
 _STOP_GRACE = 1.0  # seconds for what was logged last
 _UNDELIVERED_MAX = 4096  # log records that wait for a slow handler; what comes then is only counted
-_FARTHEST = 2.0**37  # seconds since 1970: in the year 6325; formatters can show times up to 9999
 _NAMES_MAX = 256  # logging keeps every logger for ever: a hostile cell must not fill memory with names
 _SAMPLES = 64
 _PERIOD, _PERIOD_WITH_LIMIT = 0.1, 0.02  # seconds between samples, of some 0.06 ms of processor time each
@@ -42,7 +41,7 @@ def _bounded(line: LogLine) -> LogLine:
         line.name[:_NAME_MAX],
         line.level,
         line.message[:_MESSAGE_MAX],
-        line.created if 0 <= line.created <= _FARTHEST else time.time(),  # not a number, either
+        line.created if 0 <= line.created <= CREATED_MAX else time.time(),  # not a number, either
         line.thread[:_NAME_MAX],
         line.path[:_PATH_MAX],
         line.line,
