@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import os
-import queue
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -14,15 +12,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import msgspec
-from multiprocessing_logging import MultiProcessingHandler
 
 from crumplezone.diagnostics.ci.case import Case, run_case
 from crumplezone.errors import CrumplezoneError
 from crumplezone.reports.records.run import CaseRecord, Ending
+from crumplezone.sandbox.child.arm import die_with
+from crumplezone.sandbox.process.log_relay import LogRelay
 
 # A runner has all that this process has read and imported, and starts at once.
 _FORK = multiprocessing.get_context("fork")
-_PR_SET_PDEATHSIG = 1
 _GRACE = 5.0  # seconds in which an idle runner ends by itself
 
 _log = logging.getLogger("crumplezone.ci")
@@ -74,66 +72,25 @@ def run_all(
             runner.close()
 
 
-class _Relay(logging.Handler):
-    """Hands the records of one runner to the log of the run, under its lock, and never closes that."""
-
-    def __init__(self, log: logging.Handler) -> None:
-        super().__init__()
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._log.handle(record)
-
-
-class _Wire:
-    """What a `MultiProcessingHandler` needs of its queue: what was put is sent, and a runner's end ends it.
-
-    With `multiprocessing.Queue`, a thread of the runner sends what is put. A runner that is killed takes its
-    latest records along, but the queue's semaphore counts them for ever: the handler's `close` would wait for
-    them (5 s), and its thread would never end.
-    """
-
-    def __init__(self) -> None:
-        self._reader, self.writer = _FORK.Pipe(duplex=False)
-
-    def put_nowait(self, record: logging.LogRecord) -> None:
-        self.writer.send(record)  # by one thread at a time: a handler has a lock
-
-    def get(self, timeout: float) -> object:
-        if not self._reader.poll(timeout):
-            raise queue.Empty
-        return self._reader.recv()
-
-    def qsize(self) -> int:
-        return int(self._reader.poll(0))
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def join_thread(self) -> None:
-        """There is none."""
-
-
 class _Runner:
-    """One process. Each has a log handler of its own: it may die in the middle of a record."""
+    """One process. Each has a log relay of its own: it may die in the middle of a record."""
 
     def __init__(self, name: str, store: Path, log: logging.Handler, do: Do) -> None:
         self.dead = False
         self._case: Case | None = None
-        self._handler = MultiProcessingHandler(name, _Relay(log))
-        self._handler.queue = wire = _Wire()
+        self._relay = LogRelay(name, log)
         self.line, theirs = _FORK.Pipe()
-        arguments = (theirs, self._handler, store, os.getpid(), do)
+        arguments = (theirs, self._relay, store, do)
         self._process = _FORK.Process(target=_serve, args=arguments, name=name, daemon=True)
         try:
             self._process.start()
         except BaseException:
             self.line.close()
-            self._handler.close()
+            self._relay.close()
             raise
         finally:  # no later runner may inherit these: their ends of file tell of this one's death
             theirs.close()
-            wire.writer.close()
+            self._relay.leave_sending()
 
     def give(self, case: Case) -> None:
         """Have it run a case. If it is dead by now, `take` says so."""
@@ -164,7 +121,7 @@ class _Runner:
         self._process.join()
         self._process.close()
         self.line.close()
-        self._handler.close()
+        self._relay.close()
 
     def _send(self, case: Case | None) -> None:
         try:
@@ -184,14 +141,17 @@ def _unknown(case: Case, detail: str) -> CaseRecord:
     return CaseRecord(case.id, case.model.name, case.shape, Ending.ERROR, detail=detail)
 
 
-def _serve(line: Connection, handler: logging.Handler, store: Path, parent: int, do: Do) -> None:
+def _serve(line: Connection, relay: LogRelay, store: Path, do: Do) -> None:
     """A runner: cases come, records go, until there is None to do."""
-    _die_with(parent)
+    run = multiprocessing.parent_process()
+    assert run is not None
+    # One end of a pipe. Runners that were forked later have the other end too, and die first: the last one,
+    # whose other end is the run's alone, then the one before it. The cells of each die with it in turn.
+    die_with(run.sentinel)
     os.setpgid(0, 0)  # the terminal's ctrl-C is for the run to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as is its SIGTERM
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)
+    relay.take_over()
+    logging.getLogger().setLevel(logging.INFO)
     logging.getLogger("llama.cpp").setLevel(logging.WARNING)
     while (case := line.recv()) is not None:
         _log.info("%s: begins", case.id)
@@ -203,14 +163,3 @@ def _serve(line: Connection, handler: logging.Handler, store: Path, parent: int,
         what = record.detail and f": {record.detail}"
         _log.info("%s: %s in %.0f ms%s", case.id, record.ending.value, record.ms, what)
         line.send_bytes(msgspec.msgpack.encode(record))
-
-
-def _die_with(parent: int) -> None:
-    """Be killed when the run is. Its cells die with this process in turn.
-
-    The kernel sends the signal when the *thread* ends that forked this process (prctl(2)): it is the one that
-    iterates over `run_all`, which kills its runners before it ends.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before that
-        os.kill(os.getpid(), signal.SIGKILL)

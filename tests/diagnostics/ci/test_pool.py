@@ -112,13 +112,36 @@ def test_a_run_that_is_given_up_kills_its_runners(tmp_path: Path, log: Kept) -> 
     assert not psutil.pid_exists(pid)
 
 
-def test_the_runners_die_with_the_run(tmp_path: Path) -> None:
+def tells_and_waits(case: Case, store: Path) -> CaseRecord:
+    """Tells its process id, and waits to be killed."""
+    with store.open("a") as told:
+        told.write(f"{os.getpid()}\n")
+    signal.pause()
+    return passed(case, store)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_the_runners_die_with_the_run(tmp_path: Path, *, stop: bool) -> None:
     os.mkfifo(tmp_path / "fifo")
     code = (
         "import logging, pathlib, sys, tests.diagnostics.ci.test_pool as t;"
-        "list(t.run_all(t.some(2), 2, pathlib.Path(sys.argv[1]), logging.NullHandler(), t.waits))"
+        "list(t.run_all(t.some(3), 3, pathlib.Path(sys.argv[1]), logging.NullHandler(), t.tells_and_waits))"
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "fifo"], cwd=ROOT) as run:
-        pid = int((tmp_path / "fifo").read_text())
+        pids: list[int] = []
+        while len(pids) < 3:
+            pids += map(int, (tmp_path / "fifo").read_text().split())
+        for pid in pids:
+            if stop:
+                os.kill(pid, signal.SIGSTOP)
         run.kill()
-    assert wait_for_end(pid)
+    assert [wait_for_end(pid) for pid in pids] == [True] * 3
+
+
+def test_the_runners_outlive_the_thread_that_forked_them(tmp_path: Path, log: Kept) -> None:
+    running = run_all(some(3), 1, tmp_path, log, passed)
+    found: list[CaseRecord] = []
+    thread = threading.Thread(target=lambda: found.append(next(running)))
+    thread.start()
+    thread.join()
+    assert [record.ending for record in [*found, *running]] == [Ending.PASS] * 3
