@@ -25,6 +25,7 @@ from crumplezone.errors import InputError, check_integer, check_number
 from crumplezone.reports.records.report import Frame
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.guest import Guest
+from crumplezone.sandbox.child.loop import ForkedChild
 from crumplezone.sandbox.process.drain import OutputTail
 from crumplezone.sandbox.process.launch import launch
 from crumplezone.sandbox.process.lines import Ends
@@ -39,14 +40,6 @@ _WARNED = pytest.StashKey[bool]()
 class _Limits(NamedTuple):
     timeout: float | None  # seconds
     memory: int | None  # bytes
-
-
-class _Forked(BaseException):
-    """Raised in the fork: to be the cell, with what `launch` opened for the supervisor closed on the way."""
-
-    def __init__(self, ends: Ends) -> None:
-        super().__init__()
-        self.ends = ends
 
 
 class _TestOutput(OutputTail):
@@ -184,8 +177,8 @@ def _start(item: pytest.Item, limits: _Limits, notes: Notes, ran: _Ran, *, ignor
     birth: Birth | None = None
     try:
         guest = Guest(lambda _: launch(_fork), memory_limit=limits.memory, stderr=ran.said)
-    except _Forked as forked:
-        birth = Birth(forked.ends, supervisor, mask, ignored)
+    except ForkedChild as fork:  # what `launch` opened for the supervisor was closed on the way
+        birth = Birth(Ends(*fork.ends), supervisor, mask, ignored)
     finally:
         if not birth:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -203,7 +196,7 @@ def _fork(ends: Ends) -> Child:
             own = Ends(*map(os.dup, ends))
         except BaseException:  # noqa: BLE001 - no exception of a cell may get into pytest
             os._exit(1)
-        raise _Forked(own)
+        raise ForkedChild(own)
     try:
         os.setpgid(pid, pid)  # both do so: it is a group before anybody needs to kill it
         pidfd = os.pidfd_open(pid)

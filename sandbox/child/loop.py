@@ -41,17 +41,18 @@ class AbandonedError(Exception):
 
 
 class ForkedChild(BaseException):
-    """Raised by a service in a fork of its process: to be another cell, from the bottom of the stack on.
+    """Raised in a fork: to be a cell, from where it is caught on, with all closed that a `with` is to close.
 
-    So the stacks of a forked cell are those of a spawned one. The traceback keeps what the old stack referred
-    to: its descriptors are closed, and collected objects would close their numbers once more.
+    A service raises it to the bottom of the stack, so the stacks of a forked cell are those of a spawned one.
+    The traceback keeps what the old stack referred to: its descriptors are closed, and collected objects
+    would close their numbers once more.
 
     Args:
-        ends: As for `live`.
+        ends: The descriptors of `crumplezone.sandbox.process.lines.Ends`, or as for `live`.
         preloaded: Given to the target.
     """
 
-    def __init__(self, ends: Sequence[int], preloaded: Any) -> None:
+    def __init__(self, ends: Sequence[int], preloaded: Any = None) -> None:
         super().__init__()
         self.ends, self.preloaded = ends, preloaded
 
@@ -186,7 +187,7 @@ def live(ends: Sequence[int], supervisor: int, preloaded: Any = None) -> NoRetur
     """Be a cell. Armed first, so that even a crashing import is held.
 
     Args:
-        ends: The descriptors of `crumplezone.sandbox.process.launch.Ends`, but for the last.
+        ends: The descriptors of `crumplezone.sandbox.process.lines.Ends`, but for the last.
         supervisor: Its process id.
         preloaded: Given to the target.
     """
