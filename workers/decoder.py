@@ -40,8 +40,8 @@ from crumplezone.workers.memory.memory import Memory
 from crumplezone.workers.memory.session import MemorySession
 from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.model.limits import Limits
-from crumplezone.workers.model.settings import INT32_MAX, N_UBATCH, capacity, configure
-from crumplezone.workers.protocol.config import CellInfo
+from crumplezone.workers.model.settings import N_UBATCH, capacity, configure
+from crumplezone.workers.protocol.config import INT32_MAX, CellInfo
 from crumplezone.workers.protocol.sampling import Sampling, SamplingOptions
 
 _N_SEQ_MAX = 4  # sequences of a batch, where nobody says
@@ -268,9 +268,9 @@ class Decoder:
         """
         with self._turn():
             config = self._native.config
-            fields = {name: getattr(config, name) for name in config.__struct_fields__}
-            sizes = {"n_ctx": n_ctx, "n_seq_max": n_seq_max}
-            changed = configure(**fields | {name: size for name, size in sizes.items() if size is not None})
+            given = {"n_ctx": n_ctx, "n_seq_max": n_seq_max}
+            sizes = {name: size for name, size in given.items() if size is not None}
+            changed = configure(config.model, **config.parameters() | sizes)
             self._session.resize(changed.n_ctx, changed.n_seq_max)
             self._plan = dataclasses.replace(self._plan, config=self._native.config)
             if self._embedder:

@@ -22,7 +22,7 @@ from crumplezone.workers.ladder.record import batch_record
 from crumplezone.workers.memory.journal import Appended, Journal
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
-from crumplezone.workers.protocol.config import CellConfig, CellInfo
+from crumplezone.workers.protocol.config import CTX_PAD, CellConfig, CellInfo
 from crumplezone.workers.protocol.embed import EmbedConfig
 
 STEPS = 4  # tokens that each sequence is continued by
@@ -32,7 +32,6 @@ STEPS = 4  # tokens that each sequence is continued by
 ROUNDING = 0.5  # what rounding may part two logits by, in standard deviations of their row
 ROUNDING_VECTORS = 0.25  # and two vectors, in lengths of the safe one
 _SIZE_MAX = 2**20
-_CTX_PAD = 256  # llama.cpp rounds the context of a sequence up to this (llama_context, GGML_PAD)
 # Lincoln at Gettysburg, 1863. What has fewer tokens than a shape is repeated.
 _TEXT = """\
 Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in \
@@ -234,7 +233,7 @@ def context(model: Path, shape: Shape, *, safe: bool) -> CellConfig:
     n_ctx_stream = max(n_tokens, -(-n_batch // streams))
     return configure(
         model,
-        n_ctx=-(-n_ctx_stream // _CTX_PAD) * _CTX_PAD * streams,
+        n_ctx=-(-n_ctx_stream // CTX_PAD) * CTX_PAD * streams,
         n_batch=n_batch,
         n_ubatch=n_ubatch,
         n_seq_max=n_seq_max,

@@ -29,7 +29,7 @@ class Candidate:
     @property
     def context(self) -> dict[str, Any]:
         """The parameters, as a report has them."""
-        return {name: getattr(self.config, name) for name in CellConfig.__struct_fields__[1:]}
+        return self.config.parameters()
 
     @property
     def owners(self) -> list[int]:

@@ -20,13 +20,12 @@ from crumplezone.errors import CrumplezoneError, NotShownError, UsageError, chec
 from crumplezone.reports.records.report import Evidence, Outcome, Report
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.embed.client import EmbedClient
-from crumplezone.workers.protocol.config import CellConfig
+from crumplezone.workers.protocol.config import CTX_PAD, CellConfig
 
 _SURE = 3  # runs that all crash alike: it is no flaky crash
 _MEASURE = 10  # runs to measure a flaky one
 _TRIES_MAX = 30  # per candidate; enough for one that crashes in 1 of 10 runs
 _MISSED = 0.05  # how often a candidate that would crash may be taken for one that does not
-_CTX_PAD = 256  # llama.cpp rounds the context of a sequence up to this (llama_context, GGML_PAD)
 _CHOICES: dict[str, str | int] = {"kv_unified": False, "type_k": "f16", "type_v": "f16", "flash_attn": "auto"}
 
 _replace = msgspec.structs.replace
@@ -286,7 +285,7 @@ def _context(search: _Search) -> None:
         "n_gpu_layers": 0,
         "n_threads": 1,
         "n_seq_max": n_seq,
-        "n_ctx": _CTX_PAD * n_seq,
+        "n_ctx": CTX_PAD * n_seq,
         "n_batch": n_call if n_call <= best.config.n_batch else 1,
         "n_ubatch": 1,
     }

@@ -14,18 +14,18 @@ from crumplezone.errors import check_integer as check
 from crumplezone.reports.records.llama import CacheType, FlashAttention
 from crumplezone.reports.records.report import BatchRecord, Report
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
-from crumplezone.workers.protocol.config import CellConfig
+from crumplezone.workers.protocol.config import INT32_MAX, CellConfig
 from crumplezone.workers.protocol.embed import EmbedConfig
 from crumplezone.workers.protocol.sampling import check_sampling
 
 TOKENS_MAX = 2**20
 _INDEX = re.compile(r"0|[1-9][0-9]{0,6}")
 _NULL = re.compile(rf"pos|n_seq_id|seq_id|logits|seq_id\[({_INDEX.pattern})\]")
-_INT32 = (-(2**31), 2**31 - 1)
+_INT32 = (-INT32_MAX - 1, INT32_MAX)
 _CONTEXT = {
     "n_ctx": (1, 2**24),  # llama.cpp clears this much memory before it looks at anything
-    "n_batch": (1, _INT32[1]),
-    "n_ubatch": (1, _INT32[1]),
+    "n_batch": (1, INT32_MAX),
+    "n_ubatch": (1, INT32_MAX),
     "n_seq_max": (1, LLAMA_MAX_SEQ),
     "n_threads": (1, 512),
     "n_gpu_layers": (-1, 2**20),

@@ -57,7 +57,7 @@ def script(report: Report, model: Path | None = None) -> str:
     """
     recipe = read_recipe(report)
     batch = recipe.batch
-    values = {name: getattr(recipe.config, name) for name in CellConfig.__struct_fields__}
+    values = recipe.config.parameters()
     # "NONE": a row per token, whatever the file asks for
     pooling = recipe.config.pooling.upper() if isinstance(recipe.config, EmbedConfig) else "NONE"
     values["pooling"] = pooling

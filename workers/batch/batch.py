@@ -18,8 +18,7 @@ from crumplezone.errors import (
     check_integer,
 )
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ, UNSET, Columns, Float32, Int32, infer_positions
-
-_INT32_MAX = 2**31 - 1
+from crumplezone.workers.protocol.config import INT32_MAX
 
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 Outputs = Literal["last", "all", "none"]
@@ -60,7 +59,7 @@ class Batch:
     """
 
     def __init__(self, n_tokens: int, n_seq_max: int = 1, n_embd: int = 0) -> None:
-        check_integer("n_tokens", n_tokens, 1, _INT32_MAX)
+        check_integer("n_tokens", n_tokens, 1, INT32_MAX)
         check_integer("n_seq_max", n_seq_max, 1, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
         check_integer("n_embd", n_embd, 0, 2**16)
         self.n_tokens, self.n_seq_max, self.n_embd = int(n_tokens), int(n_seq_max), int(n_embd)
@@ -102,7 +101,7 @@ class Batch:
             SequenceIdError: The sequence is out of range.
             PositionError: The position is no int32.
         """
-        check_integer("token", token, -_INT32_MAX - 1, _INT32_MAX, error=TokenError)
+        check_integer("token", token, -INT32_MAX - 1, INT32_MAX, error=TokenError)
         return self._append(seq_id, [int(token)], [], pos, bool(output))
 
     def add_embd(
@@ -251,7 +250,7 @@ class Batch:
 
 
 def _check_position(pos: int) -> None:
-    check_integer("pos", pos, UNSET + 1, _INT32_MAX, error=PositionError)
+    check_integer("pos", pos, UNSET + 1, INT32_MAX, error=PositionError)
 
 
 def _checked_tokens(tokens: Tokens, seq_id: int) -> list[int]:
@@ -267,7 +266,7 @@ def _checked_tokens(tokens: Tokens, seq_id: int) -> list[int]:
     if array.dtype.kind not in "iu":
         raise TokenError(what, str(array.dtype), "must be integers")
     values: list[int] = array.tolist()
-    if min(values) < -_INT32_MAX - 1 or max(values) > _INT32_MAX:
-        i = next(i for i, value in enumerate(values) if not -_INT32_MAX - 1 <= value <= _INT32_MAX)
+    if min(values) < -INT32_MAX - 1 or max(values) > INT32_MAX:
+        i = next(i for i, value in enumerate(values) if not -INT32_MAX - 1 <= value <= INT32_MAX)
         raise TokenError(f"tokens[{i}] of sequence {seq_id}", values[i], "must fit into int32")
     return values

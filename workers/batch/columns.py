@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from crumplezone.errors import InputError
 from crumplezone.workers.protocol.arrays import BatchArrays
+from crumplezone.workers.protocol.config import INT32_MAX
 
 LLAMA_MAX_SEQ = 256  # src/llama-cparams.h
 UNSET = np.iinfo(np.int32).min  # a position that is to be inferred
-_INT32_MAX = np.iinfo(np.int32).max
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -218,7 +218,7 @@ def infer_positions(positions: Int32, n_seq_id: Int32, seq_ids: Int32, next_posi
         mine = (next(ids),) if count == 1 else tuple(islice(ids, max(count, 0)))
         if position == UNSET:
             position = inferred[i] = follows.get(mine[0], 0) if mine else 0
-        after = position + 1 if position < _INT32_MAX else position
+        after = position + 1 if position < INT32_MAX else position
         for seq_id in mine:
             follows[seq_id] = after
     return np.array(inferred, np.int32)

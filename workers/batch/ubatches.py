@@ -11,6 +11,7 @@ import numpy as np
 
 from crumplezone.errors import InputError, check_integer
 from crumplezone.workers.batch.columns import Columns, Indices
+from crumplezone.workers.protocol.config import INT32_MAX
 
 
 def split_simple(columns: Columns, n_ubatch: int) -> list[Indices]:
@@ -74,7 +75,7 @@ def split_seq(columns: Columns, n_ubatch: int) -> list[Indices]:
 
 
 def _check(n_ubatch: int) -> None:
-    check_integer("n_ubatch", n_ubatch, 1, 2**31 - 1)
+    check_integer("n_ubatch", n_ubatch, 1, INT32_MAX)
 
 
 def _by_set(columns: Columns) -> dict[int, Indices]:

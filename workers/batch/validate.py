@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from crumplezone.errors import InputError, PositionError, SequenceIdError, TokenError
 from crumplezone.workers.batch.columns import Bool, Columns, Indices, Int32
+from crumplezone.workers.protocol.config import INT32_MAX
 
 Level = Literal["strict", "native", "off"]
 Int64 = npt.NDArray[np.int64]
 
 _TOKEN_NULL = -1  # LLAMA_TOKEN_NULL, include/llama.h
-_INT32_MAX = np.iinfo(np.int32).max
 _GLANCE = 512  # tokens; of more, numpy is faster than a glance
 
 
@@ -321,10 +321,10 @@ class _Checks:
     def skips_none(self) -> None:
         if self.capacity.n_pos_per_embd > 1:
             return
-        entries, before = self.entries, self.entries.before(_INT32_MAX)
+        entries, before = self.entries, self.entries.before(INT32_MAX)
         # The check subtracts in int32. From INT_MAX to the first position, that can overflow: anything goes.
         first = entries.pos[np.arange(len(entries.pos)) - entries.rank]
-        lost = np.isin(entries.seq_ids, entries.seq_ids[entries.pos - first >= _INT32_MAX])
+        lost = np.isin(entries.seq_ids, entries.seq_ids[entries.pos - first >= INT32_MAX])
         entries.refuse((entries.pos > before + 1) & ~lost, lambda k: f"must be {before[k] + 1}: no gaps")
 
     def fits_the_context(self) -> None:

@@ -210,9 +210,7 @@ class Reporter:
 
 
 def _compose(crash: _Crash, case: JobRecord) -> Report:
-    config, info, context = crash.config, crash.info, {}
-    if config:
-        context = {name: getattr(config, name) for name in config.__struct_fields__ if name != "model"}
+    config, info = crash.config, crash.info
     evidence = crash.incident.evidence.result()
     return Report(
         id=crash.id,
@@ -221,7 +219,7 @@ def _compose(crash: _Crash, case: JobRecord) -> Report:
         evidence=evidence,
         rung=crash.rung,
         batch=crash.batch,
-        context=context,
+        context=config.parameters() if config else {},
         model=model.describe(config.model, info.description if info else "") if config else None,
         environment=_outside(evidence) if crash.command else environment(info),
         ladder=case.steps,

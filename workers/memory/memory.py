@@ -12,8 +12,7 @@ from crumplezone.errors import InputError, check_integer
 from crumplezone.workers.batch.columns import Int32
 from crumplezone.workers.memory.journal import ALL, within
 from crumplezone.workers.memory.session import MemorySession
-
-_INT32_MAX = 2**31 - 1
+from crumplezone.workers.protocol.config import INT32_MAX
 
 
 class Memory:
@@ -101,7 +100,7 @@ class Memory:
         with self._turn():
             seq_id = self._sequence("seq_id", seq_id)
             self._range(begin, end)
-            check_integer("delta", delta, -_INT32_MAX, _INT32_MAX)
+            check_integer("delta", delta, -INT32_MAX, INT32_MAX)
             held = self._session.journal.positions(seq_id)
             self._check_shift(held, within(held, begin, end), int(delta))
             return self._session.shift(seq_id, int(begin), int(end), int(delta))
@@ -137,13 +136,13 @@ class Memory:
 
     @staticmethod
     def _range(begin: int, end: int) -> None:
-        check_integer("begin", begin, ALL, _INT32_MAX)
-        check_integer("end", end, ALL, _INT32_MAX)
+        check_integer("begin", begin, ALL, INT32_MAX)
+        check_integer("end", end, ALL, INT32_MAX)
 
     @staticmethod
     def _check_shift(held: Int32, moves: npt.NDArray[np.bool_], delta: int) -> None:
         moved = held[moves].astype(np.int64) + delta
-        if len(moved) and not 0 <= moved.min() <= moved.max() <= _INT32_MAX:
+        if len(moved) and not 0 <= moved.min() <= moved.max() <= INT32_MAX:
             raise InputError("delta", delta, f"moves positions to {moved.min()}..{moved.max()}")
         double = np.intersect1d(moved, held[~moves])
         if len(double):

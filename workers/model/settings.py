@@ -11,9 +11,8 @@ from crumplezone.reports.records.llama import CacheType, FlashAttention
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.batch.validate import Capacity
 from crumplezone.workers.model.file import check_file
-from crumplezone.workers.protocol.config import QUANTIZED, CellConfig, CellInfo
+from crumplezone.workers.protocol.config import INT32_MAX, QUANTIZED, CellConfig, CellInfo
 
-INT32_MAX = 2**31 - 1
 N_UBATCH = 512  # most tokens per compute pass, as in llama_context_default_params()
 _N_CTX_SEQ = 1024  # tokens per sequence, where nobody says
 

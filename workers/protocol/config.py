@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -23,9 +23,12 @@ CACHE_TYPES: dict[CacheType, int] = {
 QUANTIZED = CACHE_TYPES.keys() - {"f32", "f16", "bf16"}
 FLASH_ATTENTION: dict[FlashAttention, int] = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
 
+INT32_MAX = 2**31 - 1
+CTX_PAD = 256  # llama.cpp rounds the context of a sequence up to this (llama_context, GGML_PAD)
+
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
-Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-Position = Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]
+Token = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
+Position = Annotated[int, msgspec.Meta(ge=-1, le=INT32_MAX)]
 
 
 class CellConfig(msgspec.Struct, frozen=True):
@@ -46,6 +49,10 @@ class CellConfig(msgspec.Struct, frozen=True):
     def context(self) -> CellConfig:
         """As reports have it."""
         return self
+
+    def parameters(self) -> dict[str, Any]:
+        """All but the model, by name, as reports have them."""
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if name != "model"}
 
 
 class ModelFile(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from crumplezone.sandbox.ipc.arena import Shape
-from crumplezone.workers.protocol.config import CACHE_TYPES, CellConfig, CellInfo, Size, Token
+from crumplezone.workers.protocol.config import CACHE_TYPES, INT32_MAX, CellConfig, CellInfo, Size, Token
 from crumplezone.workers.protocol.messages import Save, Warm
 
 INLINE_MAX = 64 * 1024  # bytes of a value that fit into a frame beside its note
@@ -18,7 +18,7 @@ STATE_MAX = 2**33  # bytes of a saved state or of scores
 
 _CACHE_TYPES = {number: name for name, number in CACHE_TYPES.items()}
 
-Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+Int32 = Annotated[int, msgspec.Meta(ge=-INT32_MAX - 1, le=INT32_MAX)]
 Place = Annotated[int, msgspec.Meta(ge=0, lt=4096)]  # of a generation in its call
 Stage = Literal["", "grammar"]
 

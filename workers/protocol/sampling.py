@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from crumplezone.errors import check_integer, check_number
+from crumplezone.workers.protocol.config import INT32_MAX
 
 COLDEST = 1e-6  # a temperature below is greedy: logits divided by it might overflow, and inf - inf is NaN
 _INTEGERS = {  # of `Sampling`: smallest and largest
-    "max_tokens": (1, 2**31 - 1),
-    "top_k": (0, 2**31 - 1),
+    "max_tokens": (1, INT32_MAX),
+    "top_k": (0, INT32_MAX),
     "penalty_last_n": (0, 2**16),
     "seed": (0, 2**63 - 1),
 }
