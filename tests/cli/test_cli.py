@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -89,9 +90,16 @@ def test_kill_and_run_again_completes_each_prompt_once(tmp_path: Path) -> None:
 
 
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        os.sched_yield()
+    libc, modified = ctypes.CDLL(None), 2  # IN_MODIFY
+    with (
+        open(libc.inotify_init1(os.O_CLOEXEC), "rb", buffering=0) as changes,
+        open(os.pidfd_open(process.pid), "rb", buffering=0) as end,
+    ):
+        assert libc.inotify_add_watch(changes.fileno(), os.fsencode(path.parent), modified) >= 0
+        while not path.exists() or path.read_bytes().count(b"\n") < count:
+            ready, _, _ = select.select([changes, end], [], [], 60)
+            assert ready == [changes], end in ready and process.stderr and process.stderr.read()
+            changes.read(65536)
 
 
 @pytest.mark.parametrize(
