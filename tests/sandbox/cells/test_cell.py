@@ -143,11 +143,7 @@ def test_arena_carries_arrays_both_ways_and_grows() -> None:
 
 
 def test_flood_of_stderr_is_drained_into_a_bounded_tail() -> None:
-    cell = Cell(spec())
-    cell.call(Stunt("flood"), Echo, 30)
-    with pytest.raises(CellDied) as caught:
-        cell.call(Stunt("kill"), Echo, 30)
-    tail = Incident.of(caught.value).evidence.result(30).stderr_tail
+    tail = die("kill", before="flood").stderr_tail
     assert tail.endswith("last words\n")
     assert len(tail) <= 64 * 1024
 
@@ -184,11 +180,7 @@ def test_a_cell_that_writes_to_its_fault_pipe_for_ever_is_bounded() -> None:
 
 
 def test_huge_log_records_of_a_hostile_cell_are_cut() -> None:
-    cell = Cell(spec())
-    cell.call(Stunt("shout"), Echo, 30)
-    with pytest.raises(CellDied) as caught:
-        cell.call(Stunt("kill"), Echo, 30)
-    tail = Incident.of(caught.value).evidence.result(30).log_tail
+    tail = die("kill", before="shout").log_tail
     assert tail
     assert max(map(len, tail)) < 4096
 

@@ -18,8 +18,11 @@ def spec(at_start: str = "", memory_limit: int | None = None) -> CellSpec:
     return CellSpec(TARGET, Config(at_start), memory_limit=memory_limit, start_deadline=60)
 
 
-def die(name: str, deadline: float = 30, memory_limit: int | None = None) -> Evidence:
+def die(name: str, deadline: float = 30, memory_limit: int | None = None, *, before: str = "") -> Evidence:
+    """What is found of a cell that dies of a stunt; ``before`` is one that it survives."""
     cell = Cell(spec(memory_limit=memory_limit))
+    if before:
+        cell.call(Stunt(before), Echo, deadline)
     with pytest.raises(CellDied) as caught:
         cell.call(Stunt(name), Echo, deadline)
     evidence = Incident.of(caught.value).evidence.result(30)
