@@ -25,16 +25,16 @@ from tests.support.services import faults, stunts
 DOUBLE = """
 import socket, sys
 import msgspec
-from crumplezone.sandbox.arena import Arena
-from crumplezone.sandbox.child import Room
-from tests.stunts import Config, Double, Stunt
+from crumplezone.sandbox.ipc.arena import Arena
+from crumplezone.sandbox.child.loop import Room
+from tests.support.services.stunts import Config, Double, Stunt
 arena = Arena()
 room = Room(arena, socket.socketpair()[0], arena.recorder(), None)
 Double(msgspec.Raw(msgspec.msgpack.encode(Config())), room).handle(Stunt(sys.argv[1]))
 """
 FAULT = """
 import ctypes, sys
-from tests.faults import KINDS, call_native
+from tests.support.services.faults import KINDS, call_native
 call_native(ctypes.CDLL(sys.argv[1]), "crash", KINDS.index(sys.argv[2]))
 """
 STUNTS: dict[str, tuple[dict[str, float], list[str]]] = {  # the limits of the cell, and of the program

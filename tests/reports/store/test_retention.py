@@ -270,8 +270,8 @@ PRUNE = """
 import sys
 from pathlib import Path
 from crumplezone.errors import ReportError
-from crumplezone.reports.retention import Retention
-from crumplezone.reports.store import Store
+from crumplezone.reports.store.retention import Retention
+from crumplezone.reports.store.store import Store
 store = Store(Path(sys.argv[1]))
 while True:
     try:

@@ -25,7 +25,7 @@ from tests.support.decoders import descriptors, opened_since, wait_for_end
 Open = Callable[..., Guest]
 HELD = """
 import ctypes, sys
-from crumplezone.sandbox.arm import die_with, hold_on_fault
+from crumplezone.sandbox.child.arm import die_with, hold_on_fault
 hold_on_fault(int(sys.argv[1]), int(sys.argv[2]))
 ctypes.string_at(8)
 """

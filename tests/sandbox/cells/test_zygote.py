@@ -343,7 +343,7 @@ def test_a_closed_zygote_leaves_its_cells(grow: Grow) -> None:
 
 SUPERVISOR = """
 import os, signal
-from crumplezone.sandbox.cell import Cell
+from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.cells.zygote import Zygote
 from tests.support.processes.zygotes import SPEC
 seed = Zygote(SPEC, print)

@@ -83,7 +83,7 @@ def test_times_that_are_none_can_be_shown(attach: Attach) -> None:
     cell.call(
         Trick("""
 import msgspec, socket
-from crumplezone.sandbox.channel import LogLine
+from crumplezone.sandbox.ipc.channel import LogLine
 log = socket.socket(fileno=os.dup(int(sys.argv[2])))
 for created in (1e300, float("inf"), float("nan"), -1e18):
     log.send(msgspec.msgpack.encode(LogLine("tricks.time", 40, str(created), created)))

@@ -29,7 +29,7 @@ def test_a_caller_may_have_closed_its_stdio(tmp_path: Path, closed: str) -> None
     answer = tmp_path / "answer"
     script = f"""
 import os, pathlib
-from tests.tricks import failed, perform
+from tests.support.services.tricks import failed, perform
 for fd in ({closed},): os.close(fd)
 evidence = perform({SEGV!r})
 answer = (evidence.returncode, bool(evidence.registers), failed(evidence))
