@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +83,8 @@ class Columns:
         """Copy it into the arena; a column that is missing is zeros there. ``pointers`` are the cell's."""
         first = self.tokens if self.embd is None else self.embd.ravel()
         filled = (first, self.positions, self.seq_ids, self.outputs, self.n_seq_id)
-        for room, column in zip(arrays, filled, strict=False):
+        rooms: tuple[npt.NDArray[Any], ...] = arrays  # mypy finds no common type of the six, at times
+        for room, column in zip(rooms, filled, strict=False):
             room[:] = 0 if column is None else column
 
     @cached_property
