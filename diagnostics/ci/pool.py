@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Generator, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import msgspec
 
-from crumplezone.diagnostics.ci.case import Case, run_case
+from crumplezone.diagnostics.ci.case import Case
+from crumplezone.diagnostics.ci.runner import unknown
 from crumplezone.errors import CrumplezoneError
-from crumplezone.reports.records.run import CaseRecord, Ending
-from crumplezone.sandbox.child.arm import die_with
+from crumplezone.reports.records.run import CaseRecord
+from crumplezone.sandbox.process.launch import import_path
 from crumplezone.sandbox.process.log_relay import LogRelay
 
-# A runner has all that this process has read and imported, and starts at once.
-_FORK = multiprocessing.get_context("fork")
+TARGET = "crumplezone.diagnostics.ci.case:run_case"
 _GRACE = 5.0  # seconds in which an idle runner ends by itself
 
 _log = logging.getLogger("crumplezone.ci")
 
-Do = Callable[[Case, Path], CaseRecord]
-
 
 def run_all(
-    cases: Sequence[Case], jobs: int, store: Path, log: logging.Handler, do: Do = run_case
+    cases: Sequence[Case], jobs: int, store: Path, log: logging.Handler, do: str = TARGET
 ) -> Generator[CaseRecord, None, None]:
     """Run cases, each in one of several processes; yields their records as they come.
 
@@ -40,7 +41,7 @@ def run_all(
         jobs: How many run at once.
         store: Directory of the crash reports.
         log: Is given the log records of all runners.
-        do: What a runner does with a case.
+        do: What a runner does with a case: names a `crumplezone.diagnostics.ci.runner.Do`.
 
     Raises:
         CrumplezoneError: No process could be had, and none is running.
@@ -73,24 +74,27 @@ def run_all(
 
 
 class _Runner:
-    """One process. Each has a log relay of its own: it may die in the middle of a record."""
+    """One process. Each has a log relay of its own: it may die in the middle of a record.
 
-    def __init__(self, name: str, store: Path, log: logging.Handler, do: Do) -> None:
+    It is no fork: numpy and the handlers have threads here, and what they hold would stay locked in there.
+    """
+
+    def __init__(self, name: str, store: Path, log: logging.Handler, do: str) -> None:
         self.dead = False
         self._case: Case | None = None
-        self._relay = LogRelay(name, log)
-        self.line, theirs = _FORK.Pipe()
-        arguments = (theirs, self._relay, store, do)
-        self._process = _FORK.Process(target=_serve, args=arguments, name=name, daemon=True)
-        try:
-            self._process.start()
-        except BaseException:
-            self.line.close()
-            self._relay.close()
-            raise
-        finally:  # no later runner may inherit these: their ends of file tell of this one's death
-            theirs.close()
-            self._relay.leave_sending()
+        with contextlib.ExitStack() as opened, contextlib.ExitStack() as theirs:
+            self._relay = LogRelay(name, log)
+            opened.callback(self._relay.close)
+            self.line, line = multiprocessing.Pipe()
+            opened.callback(self.line.close)
+            theirs.callback(line.close)
+            parent, self._parent = os.pipe()  # closed, or left by a run that is killed, it kills the runner
+            opened.callback(os.close, self._parent)
+            theirs.callback(os.close, parent)
+            fds = line.fileno(), self._relay.sender.fileno(), parent
+            self._process = _start(fds, [name, do, str(store)])
+            self._opened = opened.pop_all()
+        self._relay.leave_sending()
 
     def give(self, case: Case) -> None:
         """Have it run a case. If it is dead by now, `take` says so."""
@@ -105,23 +109,21 @@ class _Runner:
             return msgspec.msgpack.decode(self.line.recv_bytes(), type=CaseRecord)
         except (EOFError, OSError):
             self.dead = True
-            self._process.join()
-            code = self._process.exitcode
-            how = f"was killed by {_signal(-code)}" if code and code < 0 else f"exited with {code}"
+            code = self._process.wait()
+            how = f"was killed by {_signal(-code)}" if code < 0 else f"exited with {code}"
             detail = f"the process {self._process.pid} that ran this case {how}; nothing is known of the case"
             _log.error("%s: %s", case.id, detail)
-            return _unknown(case, detail)
+            return unknown(case, detail)
 
     def close(self) -> None:
         """End it: an idle one by itself, so that its last log records come, any other at once."""
         if self._case is None and not self.dead:
             self._send(None)
-            self._process.join(_GRACE)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE)
         self._process.kill()
-        self._process.join()
-        self._process.close()
-        self.line.close()
-        self._relay.close()
+        self._process.wait()
+        self._opened.close()
 
     def _send(self, case: Case | None) -> None:
         try:
@@ -130,36 +132,18 @@ class _Runner:
             return
 
 
+def _start(fds: tuple[int, ...], arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "crumplezone.diagnostics.ci.runner", *map(str, fds), *arguments],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": import_path()},
+        process_group=0,  # the terminal's ctrl-C is for the run to handle
+    )
+
+
 def _signal(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
-
-
-def _unknown(case: Case, detail: str) -> CaseRecord:
-    return CaseRecord(case.id, case.model.name, case.shape, Ending.ERROR, detail=detail)
-
-
-def _serve(line: Connection, relay: LogRelay, store: Path, do: Do) -> None:
-    """A runner: cases come, records go, until there is None to do."""
-    run = multiprocessing.parent_process()
-    assert run is not None
-    # One end of a pipe. Runners that were forked later have the other end too, and die first: the last one,
-    # whose other end is the run's alone, then the one before it. The cells of each die with it in turn.
-    die_with(run.sentinel)
-    os.setpgid(0, 0)  # the terminal's ctrl-C is for the run to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as is its SIGTERM
-    relay.take_over()
-    logging.getLogger().setLevel(logging.INFO)
-    logging.getLogger("llama.cpp").setLevel(logging.WARNING)
-    while (case := line.recv()) is not None:
-        _log.info("%s: begins", case.id)
-        try:
-            record = do(case, store)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the next case is another
-            _log.exception("%s: could not be run", case.id)
-            record = _unknown(case, f"could not be run ({type(error).__name__}: {error}); see run.log")
-        what = record.detail and f": {record.detail}"
-        _log.info("%s: %s in %.0f ms%s", case.id, record.ending.value, record.ms, what)
-        line.send_bytes(msgspec.msgpack.encode(record))

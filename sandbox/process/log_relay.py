@@ -65,6 +65,10 @@ class LogSender(logging.Handler):
         except Exception:  # noqa: BLE001 - as every handler of logging
             self.handleError(record)
 
+    def fileno(self) -> int:
+        """Of the socket."""
+        return self._sock.fileno()
+
     def close(self) -> None:
         """Close the socket, too."""
         self._sock.close()

@@ -17,6 +17,7 @@ import pytest
 
 from crumplezone.diagnostics.ci.case import Case
 from crumplezone.diagnostics.ci.pool import run_all
+from crumplezone.diagnostics.ci.runner import Do
 from crumplezone.reports.records.run import CaseRecord, Ending
 from tests.support.decoders import descriptors, opened_since, wait_for_end
 from tests.support.paths import ROOT
@@ -39,6 +40,10 @@ def log() -> Iterator[Kept]:
     handler = Kept()
     yield handler
     handler.close()
+
+
+def does(do: Do) -> str:
+    return f"{do.__module__}:{do.__qualname__}"
 
 
 def passed(case: Case, _: Path) -> CaseRecord:
@@ -69,7 +74,7 @@ def waits(case: Case, store: Path) -> CaseRecord:
 
 def test_every_case_is_run_once_and_every_record_reaches_the_log(tmp_path: Path, log: Kept) -> None:
     before = descriptors()
-    found = list(run_all(some(9), 3, tmp_path, log, passed))
+    found = list(run_all(some(9), 3, tmp_path, log, does(passed)))
     assert sorted(record.id for record in found) == [case.id for case in some(9)]
     said = log.said
     assert sorted(line.partition(" ")[2] for line in said if "doing" in line) == [
@@ -82,7 +87,7 @@ def test_every_case_is_run_once_and_every_record_reaches_the_log(tmp_path: Path,
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_runner_that_dies_costs_its_case(tmp_path: Path, log: Kept, jobs: int) -> None:
     before, threads = descriptors(), set(threading.enumerate())
-    found = {record.id: record for record in run_all(some(5), jobs, tmp_path, log, dies_at_two)}
+    found = {record.id: record for record in run_all(some(5), jobs, tmp_path, log, does(dies_at_two))}
     assert opened_since(before) == []
     assert set(threading.enumerate()) <= threads
     assert sorted(found) == [case.id for case in some(5)]
@@ -95,7 +100,7 @@ def test_a_runner_that_dies_costs_its_case(tmp_path: Path, log: Kept, jobs: int)
 
 
 def test_what_a_case_raises_is_an_error_of_the_infrastructure(tmp_path: Path, log: Kept) -> None:
-    (record,) = run_all(some(1), 1, tmp_path, log, raises)
+    (record,) = run_all(some(1), 1, tmp_path, log, does(raises))
     assert (record.ending, record.detail) == (
         Ending.ERROR,
         "could not be run (ZeroDivisionError: case 1); see run.log",
@@ -105,7 +110,7 @@ def test_what_a_case_raises_is_an_error_of_the_infrastructure(tmp_path: Path, lo
 
 def test_a_run_that_is_given_up_kills_its_runners(tmp_path: Path, log: Kept) -> None:
     os.mkfifo(tmp_path / "fifo")
-    running = run_all(some(3), 2, tmp_path / "fifo", log, waits)
+    running = run_all(some(3), 2, tmp_path / "fifo", log, does(waits))
     assert next(running).id == "case 2"
     pid = int((tmp_path / "fifo").read_text())
     running.close()
@@ -125,7 +130,8 @@ def test_the_runners_die_with_the_run(tmp_path: Path, *, stop: bool) -> None:
     os.mkfifo(tmp_path / "fifo")
     code = (
         "import logging, pathlib, sys, tests.diagnostics.ci.test_pool as t;"
-        "list(t.run_all(t.some(3), 3, pathlib.Path(sys.argv[1]), logging.NullHandler(), t.tells_and_waits))"
+        "do = t.does(t.tells_and_waits);"
+        "list(t.run_all(t.some(3), 3, pathlib.Path(sys.argv[1]), logging.NullHandler(), do))"
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "fifo"], cwd=ROOT) as run:
         pids: list[int] = []
@@ -138,8 +144,8 @@ def test_the_runners_die_with_the_run(tmp_path: Path, *, stop: bool) -> None:
     assert [wait_for_end(pid) for pid in pids] == [True] * 3
 
 
-def test_the_runners_outlive_the_thread_that_forked_them(tmp_path: Path, log: Kept) -> None:
-    running = run_all(some(3), 1, tmp_path, log, passed)
+def test_the_runners_outlive_the_thread_that_started_them(tmp_path: Path, log: Kept) -> None:
+    running = run_all(some(3), 1, tmp_path, log, does(passed))
     found: list[CaseRecord] = []
     thread = threading.Thread(target=lambda: found.append(next(running)))
     thread.start()
