@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,20 @@ def assert_equal_logits(one: Result, other: Result) -> None:
         a, b = one.logits(seq_id), other.logits(seq_id)
         assert int(a.argmax()) == int(b.argmax())
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2)
+
+
+WARN_OF_FORKS = {"PYTHONWARNINGS": "always:This process:DeprecationWarning"}
+"""Environment of a process that shall say on stderr when it forks with threads (Python 3.12+)."""
+
+
+def fork() -> int:
+    """Fork this process, as a user may who has a decoder or a cell, and so has threads.
+
+    What they hold stays locked in the child: let it do little. Their objects are there, but not its own.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"This process .*is multi-threaded", DeprecationWarning)
+        return os.fork()
 
 
 def wait_for_end(pid: int, timeout: float = 10) -> bool:

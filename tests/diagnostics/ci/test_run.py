@@ -16,14 +16,17 @@ import pytest
 
 from crumplezone.diagnostics.ci import matrix
 from crumplezone.diagnostics.ci import run as ci
-from crumplezone.diagnostics.ci.case import Case
+from crumplezone.diagnostics.ci.case import Case, run_case
 from crumplezone.diagnostics.ci.output import Output
+from crumplezone.diagnostics.ci.pool import run_all
 from crumplezone.errors import InputError
 from crumplezone.reports.records import run as runs
 from crumplezone.reports.records.run import CaseRecord, Ending, News, RunRecord, Shape
 from crumplezone.reports.store.store import Store
+from crumplezone.workers.cells.targets import TARGETS
 from tests.support.cli import COMMAND
-from tests.support.decoders import Dose
+from tests.support.decoders import WARN_OF_FORKS, Dose
+from tests.support.native import decode_poison as poison
 from tests.support.native.decode_poison import Poison
 from tests.support.paths import ROOT
 from tests.support.records.cases import some
@@ -39,6 +42,21 @@ path = "encode"
 tokens = 4
 n_threads = 1
 """
+
+
+def run_poisoned(case: Case, store: Path) -> CaseRecord:
+    """In a runner: a process of its own, where `dose` has changed nothing but the environment."""
+    TARGETS["decode"] = poison.TARGET
+    return run_case(case, store)
+
+
+@pytest.fixture
+def dose(dose: Dose, monkeypatch: pytest.MonkeyPatch) -> Dose:
+    def give(dosed: Poison) -> None:
+        dose(dosed)
+        monkeypatch.setattr(run_all, "__defaults__", (f"{__name__}:run_poisoned",))
+
+    return give
 
 
 # Whole runs.
@@ -224,14 +242,17 @@ def test_the_log_of_a_run_is_one_line_a_record(tmp_path: Path) -> None:
 
 
 def command(tmp_path: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}
+    done = subprocess.run(
         [*COMMAND, "ci", *map(str, arguments)],
         cwd=tmp_path,
-        env={**{name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}, **env},
+        env={**ours, **WARN_OF_FORKS, **env},
         capture_output=True,
         text=True,
         timeout=100,
     )
+    assert "multi-threaded" not in done.stderr
+    return done
 
 
 def test_the_command_tells_github(tmp_path: Path, tiny: Path) -> None:
