@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,29 @@ from tests.support.native.decode_poison import Poison
 # A shell that starts the suite beside itself has it ignore these, and everything it starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+_forks: list[str] = []
+
+
+def pytest_warning_recorded(warning_message: warnings.WarningMessage, nodeid: str) -> None:
+    """Have a fork with threads (Python 3.12+) fail the run: what they hold stays locked in there.
+
+    A fork that must be is silenced where it is. No filter does this: Python drops what the warning raises.
+    """
+    if "is multi-threaded" in str(warning_message.message):
+        _forks.append(nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _forks:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _forks:
+        terminalreporter.write_line(f"FAILED: forked a process with threads: {', '.join(_forks)}", red=True)
 
 
 @pytest.fixture(scope="session")

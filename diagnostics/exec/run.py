@@ -142,7 +142,10 @@ def _begin(
 
     def execute(_: Ends) -> Child:
         try:
-            # preexec_fn is safe here: this process has one thread. close_fds would take what a shell gave it.
+            # preexec_fn is safe here: this process has one thread. numpy's OpenBLAS had another, and ended it
+            # for the fork (pthread_atfork(3)). Without preexec_fn there is no such fork, but a vfork: that
+            # thread, which blocks no signals, would die of those that are to be passed on.
+            # close_fds would take what a shell gave it.
             popen = subprocess.Popen(command, stderr=copy.end, env=env, preexec_fn=restore, close_fds=False)
         except OSError as error:
             if error.filename is None:  # no process could be had

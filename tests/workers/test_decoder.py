@@ -34,7 +34,7 @@ from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
 from tests.support.ctypes_batches import foreign, point
-from tests.support.decoders import Open, assert_equal_logits, held, kill, reports_of, say, sequences
+from tests.support.decoders import Open, assert_equal_logits, fork, held, kill, reports_of, say, sequences
 from tests.support.models.tiny_gguf import write_block_count_zero, write_tiny_llama, write_truncated
 
 # --- results
@@ -281,7 +281,7 @@ def test_threads_do_not_interleave(tiny: Path, make: Open) -> None:
 
 def test_use_in_a_forked_child(tiny: Path, make: Open) -> None:
     decoder = make(tiny)
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             decoder.decode(Batch.of([[1]]))
@@ -301,9 +301,10 @@ def test_use_in_a_forked_child(tiny: Path, make: Open) -> None:
 FORK = """
 import os, sys
 from crumplezone import Batch, Decoder
+from tests.support import fork
 if __name__ == "__main__":
     with Decoder(sys.argv[1], n_ctx=256, n_seq_max=1, n_threads=1, reports=sys.argv[2]) as decoder:
-        child = os.fork()
+        child = fork()
         if child == 0:
             sys.exit(0)  # runs every finalizer
         os.waitpid(child, 0)

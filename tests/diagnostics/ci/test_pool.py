@@ -69,10 +69,6 @@ def waits(case: Case, store: Path) -> CaseRecord:
     return passed(case, store)
 
 
-def does(do: Do) -> str:
-    return f"{do.__module__}:{do.__qualname__}"
-
-
 # The runners.
 
 

@@ -188,12 +188,13 @@ def test_huge_log_records_of_a_hostile_cell_are_cut() -> None:
 SUPERVISOR = """
 import os, signal, threading
 from crumplezone.sandbox.cells.cell import Cell
+from tests.support.decoders import fork
 from tests.support.processes.cells import spec
 from tests.support.services.stunts import Echo, Stunt
 cells = [Cell(spec()) for _ in range(3)]
 threading.Thread(target=lambda: cells[0].call(Stunt("hang"), Echo, None)).start()
 os.kill(cells[1].pid, signal.SIGSTOP)
-if os.fork() == 0:  # a forked sibling must not keep the cells alive
+if fork() == 0:  # a forked sibling must not keep the cells alive
     signal.pause()
 print(*[cell.pid for cell in cells], flush=True)
 signal.pause()

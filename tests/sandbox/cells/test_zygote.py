@@ -345,11 +345,12 @@ SUPERVISOR = """
 import os, signal
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.cells.zygote import Zygote
+from tests.support.decoders import fork
 from tests.support.processes.zygotes import SPEC
 seed = Zygote(SPEC, print)
 cells = [Cell(SPEC, seed.fork) for _ in range(2)]
 os.kill(cells[1].pid, signal.SIGSTOP)
-if os.fork() == 0:  # a forked sibling must not keep the cells alive
+if fork() == 0:  # a forked sibling must not keep the cells alive
     signal.pause()
 os.kill(seed.pid, signal.SIGSTOP)
 print(seed.pid, *[cell.pid for cell in cells], flush=True)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from crumplezone.reports.store.store import Store
+from tests.support.decoders import WARN_OF_FORKS
 from tests.support.paths import ROOT
 
 EXEC = [sys.executable, "-c", "from crumplezone.cli.app import main; main()", "exec"]
@@ -18,11 +19,13 @@ Run = subprocess.CompletedProcess[str]
 def armed(
     store: Store, command: list[str], *options: str, cwd: Path = ROOT, stdin: str = "", **env: str
 ) -> Run:
-    return plain([*EXEC, "--reports", str(store.directory), *options, "--", *command], cwd, stdin, **env)
+    done = plain([*EXEC, "--reports", str(store.directory), *options, "--", *command], cwd, stdin, **env)
+    assert "multi-threaded" not in done.stderr
+    return done
 
 
 def plain(command: list[str], cwd: Path = ROOT, stdin: str = "", **env: str) -> Run:
-    given = {"PYTHONDONTWRITEBYTECODE": "1", **env}
+    given = {"PYTHONDONTWRITEBYTECODE": "1", **WARN_OF_FORKS, **env}
     return subprocess.run(
         command, cwd=cwd, input=stdin, capture_output=True, text=True, env=os.environ | given, timeout=60
     )

@@ -23,7 +23,7 @@ from crumplezone.reports.store.store import Store
 from crumplezone.workers.llama.calls.task import Task
 from crumplezone.workers.protocol.llama import Evaluated, Note
 from tests.support.decoders import OpenLlama as Open
-from tests.support.decoders import read_all
+from tests.support.decoders import fork, read_all
 from tests.support.native.llama_poison import Dose
 from tests.support.reference.llama_original import FOX, OPTIONS, SEA
 
@@ -247,7 +247,7 @@ def test_a_cell_that_dies_during_a_callbacks_question(open_llama: Open) -> None:
 
 def test_a_fork_does_not_share_the_cell(open_llama: Open, tiny: Path) -> None:
     llama = open_llama(tiny)
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             llama.tokenize(b"x")
