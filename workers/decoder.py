@@ -126,10 +126,16 @@ class Decoder:
         self._cells = Cells.of(config, limits, reporter, start, spares)
         self._native = self._cells.decode_client(config)
         self._session = MemorySession(self._native, reporter, checkpoint_every)
-        self._descent = SafeRungs(self._native, reporter) if safe_fallback else None
-        self._ladder = Ladder(self._session, self._descent, reporter, preflight=preflight)
+        self._safe_rungs = SafeRungs(self._native, reporter) if safe_fallback else None
+        self._ladder = Ladder(self._session, self._safe_rungs, reporter, preflight=preflight)
         self._plan = Plan(
-            config, self._cells, workers, n_seq_max, n_threads, self._descent is not None, preflight
+            config=config,
+            cells=self._cells,
+            workers=workers,
+            n_seq=n_seq_max,
+            n_threads=n_threads,
+            safe_fallback=safe_fallback,
+            preflight=preflight,
         )
         self._pools: list[Pool] = []  # the last one takes jobs, those before it finish theirs
         weakref.finalize(self, _abandon, self._pools, self._owner)
@@ -155,8 +161,8 @@ class Decoder:
     @property
     def processes(self) -> dict[str, list[int]]:
         """Process ids: of the "zygote", the cells of "memory", "lanes" and "embeddings", and "spares"."""
-        lanes = [runner for pool in self._pools for runner in pool.runners]
-        spares = [runner.spare_pids for runner in (self._native, *lanes)]
+        lanes = [client for pool in self._pools for client in pool.clients]
+        spares = [client.spare_pids for client in (self._native, *lanes)]
         spares += [self._embedder.spare_pids] if self._embedder else []
         return {
             "zygote": _known(self._cells.zygote),

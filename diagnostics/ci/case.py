@@ -132,22 +132,22 @@ class _Trial:
 
     def _natively(self, native: Probe) -> None:
         every = list(range(self._case.shape.sequences))
-        with contextlib.closing(native.runner):
+        with contextlib.closing(native.client):
             with self._attempt(Rung.NATIVE, every, native) as tried:
-                columns = batch(self._case.shape, native.tokenize(), native.runner.info)
+                columns = batch(self._case.shape, native.tokenize(), native.client.info)
                 self._columns = columns
                 self._native = native.ask(columns)
-                self._peak = _peak(native.runner.pid)
+                self._peak = _peak(native.client.pid)
             self._judge(tried, Rung.NATIVE)
 
     def _safely(self, safe: Probe) -> None:
         """One sequence at a time, until one fails."""
         differences = dict[int, Difference]()
-        with contextlib.closing(safe.runner):
+        with contextlib.closing(safe.client):
             for seq_id in range(self._case.shape.sequences):
                 with self._attempt(Rung.SAFE, [seq_id], safe) as tried:
                     if self._columns is None:
-                        self._columns = batch(self._case.shape, safe.tokenize(), safe.runner.info)
+                        self._columns = batch(self._case.shape, safe.tokenize(), safe.client.info)
                     (answer,) = safe.ask(self._columns.alone(seq_id).renamed(0))
                     if self._native and (found := difference(self._native[seq_id], answer)):
                         differences[seq_id] = found
@@ -157,7 +157,7 @@ class _Trial:
                         self._job.blamed.append(seq_id)
                     self._judge(tried, Rung.SAFE)
                     return
-            self._peak = self._peak or _peak(safe.runner.pid)
+            self._peak = self._peak or _peak(safe.client.pid)
         if differences:
             seq_id = max(differences, key=lambda seq_id: differences[seq_id].size)
             ending = Ending.MISMATCH if differences[seq_id].size > 1 else Ending.PASS
@@ -169,13 +169,13 @@ class _Trial:
             return
         native = self._native[seq_id] if self._native else answer
         assert isinstance(native, Said)
-        texts = safe.runner.detokenize([native.tokens, answer.tokens])
+        texts = safe.client.detokenize([native.tokens, answer.tokens])
         one, other = (text.replace("\\", "\\\\").replace("\n", "\\n") for text in texts)
         self._texts.append(one)
         self._safe_texts.append(other)
 
     def _attempt(self, rung: Rung, seq_ids: list[int], probe: Probe) -> Attempt:
-        return Attempt(self._reporter, self._job, probe.runner, rung, seq_ids, lambda: probe.sent)
+        return Attempt(self._reporter, self._job, probe.client, rung, seq_ids, lambda: probe.sent)
 
     def _judge(self, tried: Attempt, rung: Rung) -> None:
         """What a rung that failed makes of the case."""

@@ -82,7 +82,7 @@ class Probe(Protocol):
     sent: BatchRecord | None
 
     @property
-    def runner(self) -> DecodeClient | EmbedClient:
+    def client(self) -> DecodeClient | EmbedClient:
         """Its cell."""
 
     def tokenize(self) -> Int32:
@@ -111,12 +111,12 @@ class Texts:
     sent: BatchRecord | None = None
 
     def __init__(self, config: CellConfig, limits: Limits, *, process: bool = False, chunk: int = 0) -> None:
-        self.runner = DecodeClient(config, limits, None)
+        self.client = DecodeClient(config, limits, None)
         self._ask, self._chunk = DecodeOptions(process=process), chunk
 
     def tokenize(self) -> Int32:
         """See `Probe`."""
-        return self.runner.tokenize(_TEXT)
+        return self.client.tokenize(_TEXT)
 
     def ask(self, columns: Columns) -> list[Said]:
         """See `Probe`."""
@@ -125,7 +125,7 @@ class Texts:
         alone = len(columns.sequences) == 1
         for step in range(STEPS):
             self.sent = batch_record(columns, operation, chunk=self._chunk, journal=journal)
-            rows = self.runner.send(columns, self._ask, self._chunk, fresh=step == 0).logits
+            rows = self.client.send(columns, self._ask, self._chunk, fresh=step == 0).logits
             assert rows is not None
             chosen.append(rows.argmax(axis=1).astype(np.int32))
             steps += [rows[0]] if alone else []
@@ -148,18 +148,18 @@ class Hidden:
     sent: BatchRecord | None = None
 
     def __init__(self, config: CellConfig, limits: Limits, *, encode: bool, safe: bool) -> None:
-        self.runner = DecodeClient(config, limits, None)
+        self.client = DecodeClient(config, limits, None)
         self._encode, self._safe = encode, safe
 
     def tokenize(self) -> Int32:
         """See `Probe`."""
-        return self.runner.tokenize(_TEXT)
+        return self.client.tokenize(_TEXT)
 
     def ask(self, columns: Columns) -> list[Float32]:
         """See `Probe`."""
-        encode = self._encode and (self.runner.info.has_encoder or not self._safe)
+        encode = self._encode and (self.client.info.has_encoder or not self._safe)
         self.sent = batch_record(columns, "encode" if encode else "decode", embeddings=True)
-        rows = self.runner.send(
+        rows = self.client.send(
             columns, DecodeOptions(logits=False, embeddings=True, encode=encode)
         ).embeddings
         assert rows is not None
@@ -178,22 +178,22 @@ class Pooled:
     sent: BatchRecord | None = None
 
     def __init__(self, config: CellConfig, limits: Limits, pooling: str) -> None:
-        self.runner = EmbedClient(config, limits, None)
+        self.client = EmbedClient(config, limits, None)
         self._config, self._pooling = config, None if pooling == "model" else pooling
 
     def tokenize(self) -> Int32:
         """See `Probe`."""
-        (tokens,) = self.runner.tokenize([_TEXT.encode()])
+        (tokens,) = self.client.tokenize([_TEXT.encode()])
         return tokens
 
     def ask(self, columns: Columns) -> list[Float32]:
         """See `Probe`."""
-        n_embd = self.runner.info.n_embd
-        pooling = self.runner.pooling(self._pooling)  # the model's own is known once the cell has started
+        n_embd = self.client.info.n_embd
+        pooling = self.client.pooling(self._pooling)  # the model's own is known once the cell has started
         config = EmbedConfig(**msgspec.structs.asdict(self._config), pooling=pooling)
         vectors = np.empty((len(columns.sequences), n_embd), np.float32)
         self.sent = batch_record(columns, "embed", embeddings=True)
-        self.runner.embed(config, columns, vectors, range(len(vectors)))
+        self.client.embed(config, columns, vectors, range(len(vectors)))
         return list(vectors[:, None])
 
 

@@ -93,14 +93,14 @@ def _watch(command: Sequence[str], limits: ProgramLimits, reporter: Reporter) ->
         # Before there is any thread, for all of them inherit this; but not the program.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
-        lobby = GuestServer(partial(_tell_of_child, reporter, command), limits.memory, copy.tail)
-        stack.callback(lobby.close)
+        guests = GuestServer(partial(_tell_of_child, reporter, command), limits.memory, copy.tail)
+        stack.callback(guests.close)
         restore = partial(_restore, mask, ignored)
-        begin, env = partial(_begin, command, restore, copy, lobby), _environment(lobby.address)
+        begin, env = partial(_begin, command, restore, copy, guests), _environment(guests.address)
         guest = Guest(begin, env=env, memory_limit=limits.memory, stderr=copy.tail)
         stack.callback(guest.close)
         copy.begin()
-        lobby.open()
+        guests.open()
         stack.enter_context(_passing_on(guest, copy))
         outcome = guest.wait(limits.timeout)
         if isinstance(outcome, Incident):
@@ -110,7 +110,7 @@ def _watch(command: Sequence[str], limits: ProgramLimits, reporter: Reporter) ->
                 for child in children:
                     with contextlib.suppress(psutil.Error):
                         child.kill()
-                lobby.end()
+                guests.end()
         return outcome
 
 
@@ -135,7 +135,7 @@ def _begin(
     command: Sequence[str],
     restore: Callable[[], None],
     copy: Copy,
-    lobby: GuestServer,
+    guests: GuestServer,
     env: Mapping[str, str],
 ) -> Process:
     """Start it. It stays in our process group: its terminal shall treat it as it would without us."""
@@ -155,7 +155,7 @@ def _begin(
         return child_of(popen, leads=False)
 
     process = launch(execute)
-    lobby.expect(process)
+    guests.expect(process)
     return process
 
 
@@ -192,7 +192,7 @@ def _status(code: int) -> int:
 
 
 def _tell_of_child(reporter: Reporter, command: Sequence[str], pid: int, incident: Incident) -> None:
-    """As `_tell`, on a thread of the lobby, while the program runs on."""
+    """As `_tell`, on a thread of the server, while the program runs on."""
     arguments: Sequence[str] = []
     with contextlib.suppress(OSError):  # it is held, or has ended
         arguments = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]

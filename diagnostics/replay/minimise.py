@@ -15,7 +15,7 @@ from lithium.testcases import TestcaseLine
 
 from crumplezone.diagnostics.replay.candidate import Candidate
 from crumplezone.diagnostics.replay.recipe import read_recipe
-from crumplezone.diagnostics.replay.replay import Run, find_model, new_runner, run
+from crumplezone.diagnostics.replay.replay import Run, find_model, new_client, run
 from crumplezone.errors import CrumplezoneError, NotShownError, UsageError, check_integer
 from crumplezone.reports.records.report import Evidence, Outcome, Report
 from crumplezone.workers.cells.decode_client import DecodeClient
@@ -110,7 +110,7 @@ class _Search:
     tries: int = 1
     complete: bool = False
     _failed: set[bytes] = field(default_factory=set)
-    _runner: DecodeClient | EmbedClient | None = None
+    _client: DecodeClient | EmbedClient | None = None
 
     def run(self) -> Minimised:
         """Measure, then reduce until nothing more can go."""
@@ -126,8 +126,8 @@ class _Search:
 
     def close(self) -> None:
         """End the cell."""
-        if self._runner:
-            self._runner.close()
+        if self._client:
+            self._client.close()
 
     def result(self) -> Minimised:
         """The best so far."""
@@ -145,7 +145,7 @@ class _Search:
         """How often it crashes at all, each time in a fresh cell."""
         others: list[str] = []
         while self.measured < _MEASURE and not self.crashed == self.measured == _SURE:
-            self._new_runner(self.best.config)
+            self._new_client(self.best.config)
             tried = self._test(self.best)
             self.measured += 1
             if tried.same:
@@ -195,10 +195,10 @@ class _Search:
 
     def _try(self, candidate: Candidate) -> Run:
         """Every run starts from empty memory, so a cell that has only passed can be used again."""
-        runner = self._runner
-        if runner is None or runner.config != candidate.config or self.tries > 1:
-            runner = self._new_runner(candidate.config)
-        used = runner.pid is not None
+        client = self._client
+        if client is None or client.config != candidate.config or self.tries > 1:
+            client = self._new_client(candidate.config)
+        used = client.pid is not None
         try:
             tried = self._test(candidate)
             if used and tried.outcome == Outcome.CRASHED:  # of what the cell did before, perhaps
@@ -207,17 +207,17 @@ class _Search:
             return Run(Outcome.REFUSED, str(error))
         return tried
 
-    def _new_runner(self, config: CellConfig) -> DecodeClient | EmbedClient:
+    def _new_client(self, config: CellConfig) -> DecodeClient | EmbedClient:
         self.close()
-        self._runner = new_runner(config, self.deadline)
-        return self._runner
+        self._client = new_client(config, self.deadline)
+        return self._client
 
     def _test(self, candidate: Candidate) -> Run:
         if self.tests >= self.tests_max:
             raise _EnoughError
         self.tests += 1
-        assert self._runner is not None
-        return run(self._runner, candidate.batch, self.report)
+        assert self._client is not None
+        return run(self._client, candidate.batch, self.report)
 
 
 def _sizes(candidate: Candidate) -> dict[str, int]:

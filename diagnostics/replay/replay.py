@@ -103,10 +103,10 @@ def replay(
     config = msgspec.structs.replace(recipe.config, model=str(path))
     done, versions = [], environment(None).versions
     for _ in range(runs):
-        with contextlib.closing(new_runner(config, deadline)) as runner:
-            done.append(run(runner, recipe.batch, report))
+        with contextlib.closing(new_client(config, deadline)) as client:
+            done.append(run(client, recipe.batch, report))
             if recipe.batch:
-                versions = environment(runner.info).versions
+                versions = environment(client.info).versions
     outcomes = [each.outcome for each in done]
     summary = schema.Replay(
         at=dt.datetime.now(dt.UTC).isoformat(),
@@ -120,15 +120,15 @@ def replay(
     return Replayed(summary, done, verdict, notes + _other_versions(report, versions))
 
 
-def new_runner(config: CellConfig, deadline: float | None) -> DecodeClient | EmbedClient:
-    """A runner that keeps its crashes to itself and leaves this machine the memory that others use."""
+def new_client(config: CellConfig, deadline: float | None) -> DecodeClient | EmbedClient:
+    """A client that keeps its crashes to itself and leaves this machine the memory that others use."""
     limits = Limits(deadline, available_memory())
     if isinstance(config, EmbedConfig):
         return EmbedClient(config, limits, reporter=None)
     return DecodeClient(config, limits, reporter=None)
 
 
-def run(runner: DecodeClient | EmbedClient, batch: BatchRecord | None, report: Report) -> Run:
+def run(client: DecodeClient | EmbedClient, batch: BatchRecord | None, report: Report) -> Run:
     """Send a batch once (None: load the model) and compare its crash, if it is one, with the recorded one.
 
     Raises:
@@ -136,19 +136,19 @@ def run(runner: DecodeClient | EmbedClient, batch: BatchRecord | None, report: R
     """
     try:
         if batch is None:
-            runner.start()
-        elif isinstance(runner, EmbedClient):
-            _embed(runner, batch)
+            client.start()
+        elif isinstance(client, EmbedClient):
+            _embed(client, batch)
         elif batch.operation == "generate":
-            _generate(runner, batch)
+            _generate(client, batch)
         else:
             encode, process = batch.operation == "encode", batch.operation == "process"
             ask = DecodeOptions(not encode, encode or batch.embeddings, encode=encode, process=process)
             for place, held in enumerate(batch.held):
-                runner.send(
-                    _held_columns(held), DecodeOptions(logits=False), runner.n_batch, fresh=place == 0
+                client.send(
+                    _held_columns(held), DecodeOptions(logits=False), client.n_batch, fresh=place == 0
                 )
-            runner.send(columns_of(batch), ask, batch.chunk, fresh=not batch.held)
+            client.send(columns_of(batch), ask, batch.chunk, fresh=not batch.held)
     except CellDied as died:
         return crashed(Incident.of(died).evidence.result(), report)
     except (RefusedError, CellRefused) as refused:
@@ -183,12 +183,12 @@ def sequences_of(batch: BatchRecord) -> list[list[int]]:
     ]
 
 
-def _embed(runner: EmbedClient, batch: BatchRecord) -> None:
+def _embed(client: EmbedClient, batch: BatchRecord) -> None:
     """The native call of an embedding, in the context that it had."""
-    assert isinstance(runner.given, EmbedConfig)
+    assert isinstance(client.given, EmbedConfig)
     columns = columns_of(batch)
     rows = range(len(columns.sequences))
-    runner.embed(runner.given, columns, np.empty((len(rows), runner.info.n_embd), np.float32), rows)
+    client.embed(client.given, columns, np.empty((len(rows), client.info.n_embd), np.float32), rows)
 
 
 def _held_columns(held: Held) -> Columns:
@@ -221,7 +221,7 @@ def sampling_of(each: schema.Generating) -> Sampling:
     return Sampling(**{field.name: getattr(each, field.name) for field in dataclasses.fields(Sampling)})
 
 
-def _generate(runner: DecodeClient, batch: BatchRecord) -> None:
+def _generate(client: DecodeClient, batch: BatchRecord) -> None:
     """Prefill every sequence that was in flight, and go on from its last delivered token."""
     joins = [
         (
@@ -232,7 +232,7 @@ def _generate(runner: DecodeClient, batch: BatchRecord) -> None:
     ]
     running = {each.seq_id for each in batch.generating}
     for step in range(native_calls(batch)):
-        generated = runner.generate(joins if step == 0 else [], 1, batch.chunk, reset=step == 0)
+        generated = client.generate(joins if step == 0 else [], 1, batch.chunk, reset=step == 0)
         running -= {progress.seq_id for progress in generated.progress if progress.finished}
         if not running:
             return

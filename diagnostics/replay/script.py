@@ -97,15 +97,15 @@ def check(text: str, report: Report, model: Path | None = None, deadline: float 
     with tempfile.TemporaryDirectory(prefix="crumplezone-") as directory:
         file = Path(directory) / "crash.py"
         file.write_text(text, encoding="ascii")
-        runner = Cell(CellSpec(cell.TARGET, cell.ScriptConfig(str(file), [str(path)])))
+        running = Cell(CellSpec(cell.TARGET, cell.ScriptConfig(str(file), [str(path)])))
         try:
-            status = runner.call(cell.RunScript(), cell.Finished, deadline).status
+            status = running.call(cell.RunScript(), cell.Finished, deadline).status
         except CellDied as died:
             return crashed(Incident.of(died).evidence.result(), report)
         except CellRefused as refused:
             return Run(Outcome.REFUSED, f"{refused.kind}: {refused}")
         finally:
-            runner.close()
+            running.close()
     if status == 0:
         return Run(Outcome.OK)
     same = report.evidence.exit == Exit.NON_FINITE and str(status).startswith(_NON_FINITE)

@@ -57,7 +57,7 @@ class GuestServer:
         self.address = f"crumplezone-{os.getpid()}-{secrets.token_hex(8)}"
         self._sock.bind(f"\0{self.address}")
         self._sock.listen(_BACKLOG)
-        self._thread = threading.Thread(target=self._serve, name="lobby", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="guests", daemon=True)
         self._lock = threading.Lock()
         self._guests: dict[Guest, threading.Thread] = {}
         self._program: Process | None = None

@@ -22,7 +22,7 @@ from crumplezone.errors import CellDied, CellRefused, UsageError
 from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
-from crumplezone.sandbox.child import fork_server as nursery
+from crumplezone.sandbox.child import fork_server as fork_server
 from crumplezone.sandbox.child.fork_server import (
     Fork,
     Forked,
@@ -57,13 +57,13 @@ class Zygote:
 
     def __init__(self, spec: CellSpec, on_death: Callable[[Incident], None]) -> None:
         config = ForkServerConfig(spec.target, msgspec.Raw(msgspec.msgpack.encode(spec.config)))
-        self._spec = dataclasses.replace(spec, target=nursery.TARGET, config=config)
+        self._spec = dataclasses.replace(spec, target=fork_server.TARGET, config=config)
         self._on_death = on_death
         self._starter = Starter(spawn)
         self._lock = threading.Lock()  # for its start
         self._line: _Line | None = None
         self._deaths = 0
-        self._closed = self._barren = False
+        self._closed = self._unforkable = False
 
     @property
     def pid(self) -> int | None:
@@ -113,7 +113,7 @@ class Zygote:
                 continue
             except CellRefused as refused:
                 _log.warning("a cell is spawned, not forked: %s: %s", refused.kind, refused)
-                self._barren |= refused.kind == UnforkableError.__name__
+                self._unforkable |= refused.kind == UnforkableError.__name__
                 break
             self._deaths = 0
             return process
@@ -153,9 +153,9 @@ class Zygote:
             self._deaths += 1
             if self._deaths == _DEATHS_MAX:
                 _log.warning("the zygote died %d times in a row: cells are spawned from now on", self._deaths)
-        if self._line is None and not self._barren and self._deaths < _DEATHS_MAX:
+        if self._line is None and not self._unforkable and self._deaths < _DEATHS_MAX:
             self._line = self._started()
-        return None if self._barren else self._line
+        return None if self._unforkable else self._line
 
     def _started(self) -> _Line | None:
         env = environment(self._spec.env)
@@ -165,7 +165,7 @@ class Zygote:
             if refused.kind != UnforkableError.__name__:
                 raise
             _log.info("cells are spawned, not forked: %s", refused)
-            self._barren = True
+            self._unforkable = True
             return None
         except CellDied as died:
             if self._closed:

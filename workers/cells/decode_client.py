@@ -68,7 +68,7 @@ class DecodeClient(CellClient[CellInfo]):
         super().__init__(
             CellSource("decode", config, limits, reporter, zygote, spares), CellInfo, limits.deadline
         )
-        self._flight = ProgressChecker(0)
+        self._progress = ProgressChecker(0)
 
     @property
     def n_batch(self) -> int:
@@ -233,11 +233,11 @@ class DecodeClient(CellClient[CellInfo]):
         """
         cell = self.running()
         if reset:
-            self._flight = ProgressChecker(self.info.n_vocab)
+            self._progress = ProgressChecker(self.info.n_vocab)
         for seq_id in leaves:
-            self._flight.leave(seq_id)
+            self._progress.leave(seq_id)
         for join, _ in joins:
-            self._flight.join(join)
+            self._progress.join(join)
         request = Generate([join for join, _ in joins], steps, chunk, list(leaves), reset)
         batch, rooms = request.arrays(cell.arena)
         batch.n_seq_id[:] = 0  # no native call was made yet: see `last_batch`
@@ -250,7 +250,7 @@ class DecodeClient(CellClient[CellInfo]):
                 raise self._condemn(Exit.NON_FINITE, str(refused)) from refused
             raise
         self._check(generated.rc)
-        if problem := self._flight.land(generated, chunk):
+        if problem := self._progress.land(generated, chunk):
             raise self._lie(problem)
         return generated
 

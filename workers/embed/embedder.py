@@ -88,7 +88,7 @@ class Embedder:
         zygote: Zygote | None = None,
         spares: int = 0,
     ) -> None:
-        self._runner = EmbedClient(config, limits, reporter, zygote=zygote, spares=spares)
+        self._client = EmbedClient(config, limits, reporter, zygote=zygote, spares=spares)
         self._reporter = reporter
 
     def embed(
@@ -103,13 +103,13 @@ class Embedder:
         """
         check_texts("texts", texts)
         given = [_utf8(i, text) for i, text in enumerate(texts)]
-        self._runner.start()
-        chosen = self._runner.pooling(pooling)
-        job = _EmbedJob(self._runner, self._reporter, given)
+        self._client.start()
+        chosen = self._client.pooling(pooling)
+        job = _EmbedJob(self._client, self._reporter, given)
         try:
             job.tokenize()
-            cached = self._runner.info.cached
-            for config, call in plan(job.sizes(), self._runner.given, cached=cached, pooling=chosen):
+            cached = self._client.info.cached
+            for config, call in plan(job.sizes(), self._client.given, cached=cached, pooling=chosen):
                 job.embed(config, call)
         finally:
             if job.errors:
@@ -122,26 +122,26 @@ class Embedder:
     @property
     def pid(self) -> int | None:
         """Process id of the running cell, if there is one."""
-        return self._runner.pid
+        return self._client.pid
 
     @property
     def spare_pids(self) -> list[int]:
         """Process ids of the spares."""
-        return self._runner.spare_pids
+        return self._client.spare_pids
 
     def close(self) -> None:
         """End the cell for good."""
-        self._runner.close()
+        self._client.close()
 
 
 class _EmbedJob:
     """One call of `Embedder.embed`: native calls over many texts, and what they could not do text by text."""
 
-    def __init__(self, runner: EmbedClient, reporter: Reporter, texts: list[bytes]) -> None:
-        self._runner, self._reporter, self._texts = runner, reporter, texts
+    def __init__(self, client: EmbedClient, reporter: Reporter, texts: list[bytes]) -> None:
+        self._client, self._reporter, self._texts = client, reporter, texts
         self._tokens: dict[int, Int32] = {}
         self._no_cell = ""  # why none can be had
-        self.vectors = np.zeros((len(texts), runner.info.n_embd), np.float32)
+        self.vectors = np.zeros((len(texts), client.info.n_embd), np.float32)
         self.errors: dict[int, SequenceError] = {}
         self.reports: list[str] = []
 
@@ -149,7 +149,7 @@ class _EmbedJob:
         """Tokenise all texts, as many per request as frames and memory bear."""
 
         def work(texts: Sequence[int]) -> None:
-            self._tokens |= zip(texts, self._runner.tokenize([self._texts[i] for i in texts]), strict=True)
+            self._tokens |= zip(texts, self._client.tokenize([self._texts[i] for i in texts]), strict=True)
 
         for chunk in self._chunks():
             self._climb_down("tokenised", chunk, work, lambda _: None)
@@ -160,7 +160,7 @@ class _EmbedJob:
         Raises:
             InputError: There is none, or there are too many to go into one native call.
         """
-        longest = self._runner.longest
+        longest = self._client.longest
         for i, tokens in self._tokens.items():
             if not 1 <= len(tokens) <= longest:
                 limit = f"must be from 1 to {longest}: no text is split (n_batch and n_ctx are the limit)"
@@ -171,7 +171,7 @@ class _EmbedJob:
         """One native call, or one for each text if that fails."""
 
         def work(call: Sequence[int]) -> None:
-            self._runner.embed(config, self._columns(call), self.vectors, call)
+            self._client.embed(config, self._columns(call), self.vectors, call)
 
         def kept(call: Sequence[int]) -> BatchRecord:
             return batch_record(self._columns(call), "embed", embeddings=True)
@@ -196,7 +196,7 @@ class _EmbedJob:
             left = len([i for i in texts if i not in self.errors])
             case.result = f"{left} of {len(texts)} texts {done} by the rung {Rung.SAFE}"
         finally:
-            self._reporter.file(case, self._runner.config, self._runner.info)
+            self._reporter.file(case, self._client.config, self._client.info)
             self.reports += case.reports
 
     def _attempt(
@@ -208,7 +208,7 @@ class _EmbedJob:
         case: JobRecord,
     ) -> SequenceError | None:
         """Do it; what went wrong, said of the first text."""
-        with Attempt(self._reporter, case, self._runner, rung, texts, partial(kept, texts)) as tried:
+        with Attempt(self._reporter, case, self._client, rung, texts, partial(kept, texts)) as tried:
             self._want_cell()
             work(texts)
         if tried.ok:
@@ -221,7 +221,7 @@ class _EmbedJob:
         """Raise `CrumplezoneError` if no cell can be had. What was refused once is not asked for again."""
         if not self._no_cell:
             try:
-                self._runner.start()
+                self._client.start()
             except CrumplezoneError as error:
                 self._no_cell = str(error)
         if self._no_cell:

@@ -8,13 +8,12 @@ from typing import Literal
 
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.model.settings import N_UBATCH
-from crumplezone.workers.protocol.config import CellConfig
+from crumplezone.workers.protocol.config import CTX_PAD, CellConfig
 from crumplezone.workers.protocol.embed import (
     EmbedConfig,
 )
 
 Pooling = Literal["mean", "cls", "last"]
-_CTX_PAD = 256  # llama.cpp rounds the context of a sequence up to this (llama_context, GGML_PAD)
 
 
 def plan(
@@ -73,4 +72,4 @@ def shaped(
 
 def _width(longest: int) -> int:
     """Room for a text: a power of two, so that few contexts do for all texts."""
-    return max(_CTX_PAD, 1 << (longest - 1).bit_length())
+    return max(CTX_PAD, 1 << (longest - 1).bit_length())

@@ -76,16 +76,16 @@ class Generation:
 
     Args:
         session: Holds the cell; what its memory held is gone when this has used it.
-        descent: The safe rungs, or None to fail with the native rung.
+        safe rungs: The safe rungs, or None to fail with the native rung.
         reporter: Where crashes go.
         width: Most prompts in flight.
     """
 
     def __init__(
-        self, session: MemorySession, descent: SafeRungs | None, reporter: Reporter, width: int
+        self, session: MemorySession, safe_rungs: SafeRungs | None, reporter: Reporter, width: int
     ) -> None:
-        self._session, self._descent, self._reporter = session, descent, reporter
-        self._runner = session.runner
+        self._session, self._safe_rungs, self._reporter = session, safe_rungs, reporter
+        self._client = session.client
         self._free = list(range(width))  # a heap
         self._running: dict[int, _Running] = {}
         self._joining: list[int] = []  # in flight, but the cell has not been told
@@ -131,7 +131,7 @@ class Generation:
         if not self._running:
             return
         case, indices = JobRecord(), [running.job.index for running in self._running.values()]
-        with Attempt(self._reporter, case, self._runner, Rung.NATIVE, indices, self._batch) as tried:
+        with Attempt(self._reporter, case, self._client, Rung.NATIVE, indices, self._batch) as tried:
             generated = self._native()
         if not tried.ok:
             self._descend(case, tried.problem)
@@ -167,7 +167,7 @@ class Generation:
     def _tokens(self, job: PromptJob) -> tuple[npt.NDArray[np.int32], int]:
         """The tokens of a prompt, and how many may follow."""
         tokens = self._tokenized(job)
-        n_ctx_seq = self._runner.info.n_ctx_seq
+        n_ctx_seq = self._client.info.n_ctx_seq
         if not 0 < len(tokens) < n_ctx_seq:
             limit = f"the context holds {n_ctx_seq} tokens per sequence, one of them to generate"
             raise InputError(f"number of tokens of prompt {job.index}", len(tokens), limit)
@@ -176,7 +176,7 @@ class Generation:
     def _tokenized(self, job: PromptJob) -> npt.NDArray[np.int32]:
         for deaths in range(1 + KILLS_MAX):
             try:
-                return self._runner.tokenize(job.prompt)
+                return self._client.tokenize(job.prompt)
             except CellDied as died:  # the first perhaps of something older than this prompt
                 if deaths == KILLS_MAX or (deaths and not was_killed(died)):
                     raise
@@ -184,9 +184,9 @@ class Generation:
         raise AssertionError
 
     def _report_tokenizer(self, job: PromptJob, died: CellDied, result: str) -> str:
-        runner = self._runner
+        client = self._client
         return self._reporter.file_lone(
-            Incident.of(died), "tokenize", result, runner.config, runner.known, [job.index]
+            Incident.of(died), "tokenize", result, client.config, client.known, [job.index]
         )
 
     def _end(self, running: _Running) -> None:
@@ -205,18 +205,18 @@ class Generation:
     def _native(self) -> Generated:
         joins = [self._running[seq_id].join() for seq_id in self._joining]
         everything = [running.join() for running in self._running.values()]
-        generated = self._ask(joins, everything, self._runner.info.n_batch)
+        generated = self._ask(joins, everything, self._client.info.n_batch)
         self._joining = []
         return generated
 
     def _ask(self, joins: Sequence[_Joining], everything: Sequence[_Joining], chunk: int) -> Generated:
         """One control message. A cell that knows nothing of what is in flight is told ``everything``."""
-        cell = self._runner.start()
+        cell = self._client.start()
         if reset := cell is not self._known_to:
             self._session.equip()
             joins, self._leaving = everything, []
         leaves, self._leaving, self._known_to, self._asked = self._leaving, [], None, cell
-        generated = self._runner.generate(joins, STEPS, chunk, leaves=leaves, reset=reset)
+        generated = self._client.generate(joins, STEPS, chunk, leaves=leaves, reset=reset)
         self._known_to = cell
         return generated
 
@@ -225,7 +225,7 @@ class Generation:
     def _batch(self) -> BatchRecord:
         """What the cell was computing."""
         joins = [running.join() for running in self._running.values()]
-        return self._runner.last_batch(self._runner.info.n_batch, joins)
+        return self._client.last_batch(self._client.info.n_batch, joins)
 
     def _descend(self, case: JobRecord, problem: str) -> None:
         """Run every prompt in flight alone, from its last delivered token, until it may join the others."""
@@ -240,7 +240,7 @@ class Generation:
                 cured += not (lost and lost[-1][0] is running)
         finally:
             case.result = f"{cured} of {len(fallen)} prompts in flight were cured by {Rung.SAFE}"
-            self._reporter.file(case, self._runner.config, self._runner.known, failed=bool(lost))
+            self._reporter.file(case, self._client.config, self._client.known, failed=bool(lost))
             for running, rung, error in lost:
                 running.done("error", rung, error)
 
@@ -253,15 +253,15 @@ class Generation:
     ) -> None:
         """Have a prompt get past the place of the crash by itself, to go on with the others; or end it."""
         error: CrumplezoneError | None
-        if self._descent is None:
+        if self._safe_rungs is None:
             what = f"prompt {running.job.index}: {problem}; safe_fallback is off"
             reason, rung, error = None, Rung.NATIVE, CrumplezoneError(what)
         else:
-            reason, rung, error = self._descent.attempt(
+            reason, rung, error = self._safe_rungs.attempt(
                 running.job.index,
                 case,
                 lambda chunk: self._alone(running, chunk),
-                lambda chunk: self._runner.last_batch(chunk, [running.join()]),
+                lambda chunk: self._client.last_batch(chunk, [running.join()]),
             )
         running.reports += [path for path in case.reports if path not in running.reports]
         if reason == "":

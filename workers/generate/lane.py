@@ -29,7 +29,7 @@ class Lane:
     def __init__(
         self, queue: Queue, session: MemorySession, ladder: Ladder, generation: Generation, name: str
     ) -> None:
-        self._queue, self._session, self.runner = queue, session, session.runner
+        self._queue, self._session, self.client = queue, session, session.client
         self._ladder, self._generation = ladder, generation
         queue.on_news(self._nudge)
         # A daemon: a decoder that nobody closes must not keep the interpreter from ending.
@@ -60,7 +60,7 @@ class Lane:
             if generation.busy:
                 self._advance()
         generation.give_up(UsageError(_CLOSED))
-        self.runner.close()
+        self.client.close()
 
     def _begin(self, job: Job) -> None:
         try:

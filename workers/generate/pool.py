@@ -69,11 +69,11 @@ class Plan:
             n_seq_max=n_seq_max,
             n_threads=width.n_threads,
         )
-        runner, reporter = self.cells.decode_client(config), self.cells.reporter
-        session = MemorySession(runner, reporter, adapters=self.adapters)
-        descent = SafeRungs(runner, reporter) if self.safe_fallback else None
-        ladder = Ladder(session, descent, reporter, preflight=self.preflight)
-        generation = Generation(session, descent, reporter, width.n_seq)
+        client, reporter = self.cells.decode_client(config), self.cells.reporter
+        session = MemorySession(client, reporter, adapters=self.adapters)
+        safe_rungs = SafeRungs(client, reporter) if self.safe_fallback else None
+        ladder = Ladder(session, safe_rungs, reporter, preflight=self.preflight)
+        generation = Generation(session, safe_rungs, reporter, width.n_seq)
         return Lane(queue, session, ladder, generation, f"lane-{number}")
 
 
@@ -94,9 +94,9 @@ class Pool:
         self._opener.start()
 
     @property
-    def runners(self) -> list[DecodeClient]:
+    def clients(self) -> list[DecodeClient]:
         """Of the lanes."""
-        return [lane.runner for lane in self._lanes]
+        return [lane.client for lane in self._lanes]
 
     @property
     def places(self) -> int:

@@ -58,7 +58,7 @@ class DecodeCall:
 
     def _passes(self) -> list[int]:
         """How many tokens each compute pass of the native call had."""
-        columns, config, info = self.columns, self.session.runner.config, self.session.runner.info
+        columns, config, info = self.columns, self.session.client.config, self.session.client.info
         try:
             if info.recurrent and self.options.embeddings:
                 pieces = split_seq(columns, config.n_ubatch)
@@ -75,13 +75,13 @@ class DecodeCall:
 class FreshCall:
     """Runs a batch from empty memory."""
 
-    runner: DecodeClient
+    client: DecodeClient
     columns: Columns
     options: DecodeOptions
 
     def run(self, chunk: int = 0) -> Rows:
         """See `LadderCall`."""
-        return self.runner.send(self.columns, self.options, chunk)
+        return self.client.send(self.columns, self.options, chunk)
 
     def alone(self, seq_id: int) -> Self:
         """See `LadderCall`."""
@@ -98,7 +98,7 @@ class EncodeCall(FreshCall):
 
     def alone(self, seq_id: int) -> Self:
         """See `LadderCall`."""
-        options = replace(self.options, encode=self.runner.info.has_encoder)
+        options = replace(self.options, encode=self.client.info.has_encoder)
         return replace(super().alone(seq_id), options=options)
 
 
@@ -107,4 +107,4 @@ class SingleCall(FreshCall):
 
     def run(self, chunk: int = 0) -> Rows:
         """See `LadderCall`."""
-        return self.runner.send(self.columns.renamed(0), self.options, chunk)
+        return self.client.send(self.columns.renamed(0), self.options, chunk)

@@ -20,20 +20,20 @@ class Ladder:
 
     Args:
         session: The native cell and its memory.
-        descent: The safe rungs, or None to fail with the native one.
+        safe rungs: The safe rungs, or None to fail with the native one.
         reporter: Where crashes go.
         preflight: Whether to skip native calls that are known to crash.
     """
 
     def __init__(
-        self, session: MemorySession, descent: SafeRungs | None, reporter: Reporter, *, preflight: bool
+        self, session: MemorySession, safe_rungs: SafeRungs | None, reporter: Reporter, *, preflight: bool
     ) -> None:
-        self._session, self._descent, self._reporter = session, descent, reporter
+        self._session, self._safe_rungs, self._reporter = session, safe_rungs, reporter
         self._preflight = preflight
 
     def decode(self, columns: Columns, ask: DecodeOptions) -> Result:
         """Append a valid batch to the memory."""
-        n_batch = self._session.runner.info.n_batch
+        n_batch = self._session.client.info.n_batch
         note = ""
         if self._preflight and len(columns) > n_batch:
             note = f"the batch has {len(columns)} tokens, n_batch is {n_batch}: GGML_ASSERT would abort"
@@ -41,26 +41,26 @@ class Ladder:
 
     def encode(self, columns: Columns, ask: DecodeOptions) -> Result:
         """Encode a valid batch from empty memory."""
-        runner = self._session.runner
+        client = self._session.client
         note = ""
-        if self._preflight and not runner.info.has_encoder:
+        if self._preflight and not client.info.has_encoder:
             note = "the model has no encoder: llama_encode would be a SIGSEGV"
-        return self._run(EncodeCall(runner, columns, ask), note)
+        return self._run(EncodeCall(client, columns, ask), note)
 
     def _run(self, call: DecodeCall | EncodeCall, note: str) -> Result:
         """The native rung, unless a note says why not, and the safe ones if it gave nothing."""
-        job, runner, rc = JobRecord(), self._session.runner, None
+        job, client, rc = JobRecord(), self._session.client, None
         sequences = call.columns.sequences
         if note:
             job.step(Rung.NATIVE, Outcome.SKIPPED, sequences, note)
         else:
-            with Attempt(self._reporter, job, runner, Rung.NATIVE, sequences, call.record) as tried:
+            with Attempt(self._reporter, job, client, Rung.NATIVE, sequences, call.record) as tried:
                 rows = call.run()
             if tried.ok:
                 return Result(share_out(call.columns, rows), [])
             rc = tried.rc
         results = self._climb_down(call, job)
-        if self._descent is None:
+        if self._safe_rungs is None:
             raise BatchError(job.steps[-1].detail, next(iter(job.reports), None), rc)
         return Result(results, job.reports, note)
 
@@ -68,14 +68,14 @@ class Ladder:
         """The safe rungs, if there are any; the job has ended then."""
         results = []
         try:
-            if self._descent is None:
+            if self._safe_rungs is None:
                 job.result = "safe_fallback is off: no result"
             else:
-                results = self._descent.each(call, job)
+                results = self._safe_rungs.each(call, job)
                 job.result = _how_it_ended(results)
         finally:
-            runner, failed = self._session.runner, bool(job.blamed) or self._descent is None
-            self._reporter.file(job, runner.config, runner.info, failed=failed)
+            client, failed = self._session.client, bool(job.blamed) or self._safe_rungs is None
+            self._reporter.file(job, client.config, client.info, failed=failed)
         return results
 
 

@@ -30,12 +30,12 @@ class SafeRungs:
     """The safe rungs of a ladder: one sequence at a time, split at n_batch, then token by token.
 
     Args:
-        runner: The cell, a new one after each crash.
+        client: The cell, a new one after each crash.
         reporter: Where crashes go.
     """
 
-    def __init__(self, runner: DecodeClient, reporter: Reporter) -> None:
-        self.runner = runner
+    def __init__(self, client: DecodeClient, reporter: Reporter) -> None:
+        self.client = client
         self._reporter = reporter
 
     def each(self, call: LadderCall, job: JobRecord) -> list[SequenceResult]:
@@ -82,9 +82,9 @@ class SafeRungs:
     ) -> tuple[_T | None, Rung, SequenceError | None]:
         """`attempt`, once; ``deaths`` is given those of the cells."""
         report = None
-        for rung, chunk in ((Rung.SAFE, self.runner.n_batch), (Rung.TOKEN, 1)):
+        for rung, chunk in ((Rung.SAFE, self.client.n_batch), (Rung.TOKEN, 1)):
             kept = partial(batch, chunk)
-            with Attempt(self._reporter, job, self.runner, rung, [seq_id], kept) as tried:
+            with Attempt(self._reporter, job, self.client, rung, [seq_id], kept) as tried:
                 done = work(chunk)
             if tried.ok:
                 return done, rung, None
@@ -96,7 +96,7 @@ class SafeRungs:
         """Why no safe cell can be had, or an empty string. A job that was refused one asks no more."""
         if not job.no_cell:
             try:
-                self.runner.start()
+                self.client.start()
             except CrumplezoneError as error:
                 job.no_cell = str(error)
         return job.no_cell

@@ -59,7 +59,7 @@ class SafeBatchProcessor:
         self._config = configure(model, n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
         self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
         self._cells = Cells.of(self._config, Limits(deadline, None), self._reporter, start, spares)
-        self._descent = SafeRungs(self._cells.decode_client(self._config), self._reporter)
+        self._safe_rungs = SafeRungs(self._cells.decode_client(self._config), self._reporter)
 
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
         """Decode each sequence from empty memory; a sequence that crashes alone fails alone.
@@ -68,23 +68,23 @@ class SafeBatchProcessor:
             InputError: A token or length is out of range.
             ModelError: The model could not be loaded.
         """
-        runner = self._descent.runner
+        client = self._safe_rungs.client
         columns, ask = batch.columns(), DecodeOptions(embeddings=embeddings)
         # A cell of one sequence takes them in turn, each by itself.
-        limits = msgspec.structs.replace(runner.config, n_seq_max=batch.n_seq_max)
+        limits = msgspec.structs.replace(client.config, n_seq_max=batch.n_seq_max)
         validate(
-            columns, capacity(runner.info, limits, embeddings=embeddings), MemoryState.empty(batch.n_seq_max)
+            columns, capacity(client.info, limits, embeddings=embeddings), MemoryState.empty(batch.n_seq_max)
         )
         job = JobRecord()
-        sequences = self._descent.each(SingleCall(runner, columns, ask), job)
+        sequences = self._safe_rungs.each(SingleCall(client, columns, ask), job)
         done = sum(not each.error for each in sequences)
         job.result = f"{done} of {len(sequences)} sequences decoded one at a time"
-        self._reporter.file(job, self._config, runner.info, failed=bool(job.blamed))
+        self._reporter.file(job, self._config, client.info, failed=bool(job.blamed))
         return Result(sequences, job.reports)
 
     def close(self) -> None:
         """End the cell and finish the reports."""
-        self._descent.runner.close()
+        self._safe_rungs.client.close()
         self._reporter.close()
         self._cells.close()  # last: it reaps those that are being examined
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -93,37 +94,14 @@ class Completions:
         answer: Json = self._session.call(task, JSON)
         return answer
 
-    def __call__(
-        self,
-        prompt: str,
-        suffix: str | None = None,
-        max_tokens: int | None = 16,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        typical_p: float = 1.0,
-        logprobs: int | None = None,
-        echo: bool = False,
-        stop: Stop = _NO_STOP,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        repeat_penalty: float = 1.0,
-        top_k: int = 40,
-        stream: bool = False,
-        seed: int | None = None,
-        tfs_z: float = 1.0,
-        mirostat_mode: int = 0,
-        mirostat_tau: float = 5.0,
-        mirostat_eta: float = 0.1,
-        model: str | None = None,
-        stopping_criteria: Criteria = None,
-        logits_processor: Processors = None,
-        grammar: Any = None,
-        logit_bias: dict[int, float] | None = None,
-    ) -> Json | Iterator[Json]:
-        """`create_completion`."""
-        arguments = {name: value for name, value in locals().items() if name != "self"}
-        return self.create_completion(**arguments)
+    if TYPE_CHECKING:
+        __call__ = create_completion
+    else:
+
+        @functools.wraps(create_completion, assigned=())
+        def __call__(self, *args: Any, **kwargs: Any) -> Json | Iterator[Json]:
+            """`create_completion`, also where a subclass has another one."""
+            return self.create_completion(*args, **kwargs)
 
     def create_chat_completion(
         self,

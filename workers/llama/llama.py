@@ -23,7 +23,7 @@ from crumplezone.workers.llama.objects import LlamaState, capacity_of, lookup_of
 from crumplezone.workers.model.file import check_file
 from crumplezone.workers.model.hub import download
 from crumplezone.workers.model.limits import Limits
-from crumplezone.workers.protocol.config import Token
+from crumplezone.workers.protocol.config import INT32_MAX, Token
 from crumplezone.workers.protocol.llama import LlamaConfig
 
 _OWN = ("reports", "deadline", "memory_limit", "redact", "start", "spares")
@@ -136,9 +136,9 @@ class Llama(Facts, Completions):
         own = {name: given.pop(name) for name in _OWN}
         _refuse_code(given.pop("chat_handler"), given.pop("tokenizer"))
         lookup = lookup_of(given.pop("draft_model"))
-        check_integer("n_ctx", n_ctx, 0, 2**31 - 1)
+        check_integer("n_ctx", n_ctx, 0, INT32_MAX)
         for name in ("n_batch", "n_ubatch"):
-            check_integer(name, given[name], 1, 2**31 - 1)
+            check_integer(name, given[name], 1, INT32_MAX)
         given["n_threads"] = n_threads or max(multiprocessing.cpu_count() // 2, 1)
         given["n_threads_batch"] = n_threads_batch or multiprocessing.cpu_count()
         self._parameters = dict(task_of("", given).args)

@@ -47,7 +47,7 @@ class MemorySession:
     """The native cell of a decoder, with the memory that every committed call has left in it.
 
     Args:
-        runner: The cell, replaced when it has died.
+        client: The cell, replaced when it has died.
         reporter: Where a crash in the middle of a memory operation goes.
         checkpoint_every: After so many tokens, keep the state of every sequence in their place; 0: never.
         adapters: That every cell is to have.
@@ -55,12 +55,12 @@ class MemorySession:
 
     def __init__(
         self,
-        runner: DecodeClient,
+        client: DecodeClient,
         reporter: Reporter,
         checkpoint_every: int = 0,
         adapters: Adapters | None = None,
     ) -> None:
-        self.runner = runner
+        self.client = client
         self._reporter = reporter
         self._checkpoint_every = checkpoint_every
         self._journal = Journal()
@@ -83,7 +83,7 @@ class MemorySession:
         """
         self.restore()
         try:
-            rows = self.runner.send(columns, ask, chunk, fresh=False)
+            rows = self.client.send(columns, ask, chunk, fresh=False)
         except RefusedError as refused:
             self._take_back(refused.spans)
             raise
@@ -128,11 +128,11 @@ class MemorySession:
 
     def save(self, seq_id: int) -> bytes:
         """The state of a sequence."""
-        return self._again("saving a sequence", lambda: self.runner.save(seq_id))
+        return self._again("saving a sequence", lambda: self.client.save(seq_id))
 
     def load(self, seq_id: int, state: bytes) -> bool:
         """Replace a sequence by a saved state; False if llama.cpp refuses it: the sequence is then empty."""
-        remembered = self._again("loading a sequence", lambda: self.runner.load(seq_id, state))
+        remembered = self._again("loading a sequence", lambda: self.client.load(seq_id, state))
         self._note(remembered.spans)
         if self.pos_max[seq_id] < 0:
             self._journal.removed(seq_id, ALL, ALL)
@@ -151,7 +151,7 @@ class MemorySession:
         if len(gone := np.flatnonzero(self.pos_max[n_seq_max:] >= 0)):
             limit = f"sequence {int(gone[0]) + n_seq_max} is held; remove it first"
             raise InputError("n_seq_max", n_seq_max, limit)
-        before = self.runner.config
+        before = self.client.config
         if problem := self._move(n_ctx, n_seq_max):
             if lost := self._move(before.n_ctx, before.n_seq_max):
                 self._lose(lost)
@@ -166,7 +166,7 @@ class MemorySession:
         """
         if self._journal.n_tokens:  # computed without them, and so it stays
             self._again("making a checkpoint", self._freeze)
-        self._again("setting adapters", lambda: self.runner.adapt(adapters))
+        self._again("setting adapters", lambda: self.client.adapt(adapters))
         self._adapters = adapters
 
     @property
@@ -182,7 +182,7 @@ class MemorySession:
             CellDied: The cell was lost.
         """
         if self._adapters:
-            self.runner.adapt(self._adapters)
+            self.client.adapt(self._adapters)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
@@ -205,7 +205,7 @@ class MemorySession:
 
     def _give_back(self) -> str:
         """Why a running cell could not be given this memory, or an empty string: it has it."""
-        if self.runner.start() is self._cell:
+        if self.client.start() is self._cell:
             return ""
         problem = ""
         for chunk in (0, 1):  # a crash on the way: once more, in another cell, a token at a time
@@ -219,7 +219,7 @@ class MemorySession:
                 self._drop()
             else:
                 if not problem:
-                    self._cell = self.runner.cell
+                    self._cell = self.client.cell
                     break
         return problem
 
@@ -231,7 +231,7 @@ class MemorySession:
 
     def _replay(self, chunk: int) -> str:
         """Give the memory to the running cell, whatever is in it; what did not arrive, or an empty string."""
-        self.runner.operate(MemoryOperation("clear"))
+        self.client.operate(MemoryOperation("clear"))
         self.equip()
         arrived = np.full_like(self.pos_max, -1)
         for operation in self._journal.replay():
@@ -245,25 +245,25 @@ class MemorySession:
     def _do(self, operation: Operation, chunk: int) -> Remembered:
         match operation:
             case Appended(columns):
-                n_batch = chunk or (len(columns) if columns.coupled else self.runner.info.n_batch)
-                rows = self.runner.send(columns.quiet(), _NOTHING, n_batch, fresh=False)
+                n_batch = chunk or (len(columns) if columns.coupled else self.client.info.n_batch)
+                rows = self.client.send(columns.quiet(), _NOTHING, n_batch, fresh=False)
                 return Remembered(done=True, spans=list(rows.spans))
             case Removed() | Copied() | Shifted():
-                return self.runner.operate(_request(operation))
+                return self.client.operate(_request(operation))
             case Loaded(seq_id, state):
-                return self.runner.load(seq_id, state)
+                return self.client.load(seq_id, state)
 
     def _move(self, n_ctx: int, n_seq_max: int) -> str:
         """Why a context of this size could not be given this memory, or an empty string: it has it."""
-        self._twice("changing the context", lambda: self.runner.resize(n_ctx, n_seq_max))
+        self._twice("changing the context", lambda: self.client.resize(n_ctx, n_seq_max))
         held = self.pos_min, self.pos_max
         self._cell = None
         self._forget()
         n_both = min(n_seq_max, len(held[0]))
         self.pos_min[:n_both], self.pos_max[:n_both] = held[0][:n_both], held[1][:n_both]
         lengths = np.where(self.pos_max < 0, 0, self.pos_max - self.pos_min + 1)
-        room = self.runner.info.n_ctx_seq
-        if not self.runner.info.recurrent and lengths.max() > room:
+        room = self.client.info.n_ctx_seq
+        if not self.client.info.recurrent and lengths.max() > room:
             longest = int(lengths.argmax())
             return f"sequence {longest} holds {lengths[longest]} tokens, and there would be room for {room}"
         return self._give_back()
@@ -272,7 +272,7 @@ class MemorySession:
         return self._operate(_request(operation), lambda: self._journal.add(operation))
 
     def _operate(self, request: MemoryOperation, commit: Callable[[], None]) -> bool:
-        remembered: Remembered = self._again(request.name, lambda: self.runner.operate(request))
+        remembered: Remembered = self._again(request.name, lambda: self.client.operate(request))
         self._note(remembered.spans)
         if remembered.done:
             commit()
@@ -306,7 +306,7 @@ class MemorySession:
                 continue
             request = MemoryOperation("remove", span.seq_id, before + 1, ALL)
             try:
-                if self.runner.operate(request).done:
+                if self.client.operate(request).done:
                     continue
             except CellDied as died:
                 self._report(died, "taking back a part of a batch", "a new cell is given the memory")
@@ -323,24 +323,24 @@ class MemorySession:
     def _freeze(self) -> None:
         """Keep the states of the sequences in the place of their tokens."""
         held = np.flatnonzero(self.pos_max >= 0).tolist()
-        states = {seq_id: self.runner.save(seq_id) for seq_id in held}
+        states = {seq_id: self.client.save(seq_id) for seq_id in held}
         positions = {seq_id: self._journal.positions(seq_id) for seq_id in held}
         for seq_id, state in states.items():
             self._journal.loaded(seq_id, state, positions[seq_id])
 
     def _report(self, died: CellDied, doing: str, result: str) -> str:
-        runner = self.runner
-        return self._reporter.file_lone(Incident.of(died), doing, result, runner.config, runner.known)
+        client = self.client
+        return self._reporter.file_lone(Incident.of(died), doing, result, client.config, client.known)
 
     def _note(self, spans: Sequence[Span]) -> None:
         for span in spans:
             self.pos_min[span.seq_id], self.pos_max[span.seq_id] = span.begin, span.last
 
     def _drop(self) -> None:
-        self.runner.discard_cell()
+        self.client.discard_cell()
         self._cell = None
 
     def _forget(self) -> None:
-        n_seq_max = self.runner.config.n_seq_max
+        n_seq_max = self.client.config.n_seq_max
         self.pos_min: Int32 = np.full(n_seq_max, -1, np.int32)
         self.pos_max: Int32 = np.full(n_seq_max, -1, np.int32)

@@ -60,7 +60,7 @@ class EmbedCell:
         self._packer = BatchPacker()
         self._arena, self._recorder = room.arena, room.recorder
         loaded = model_of(preloaded, self._config.model, self._config.n_gpu_layers, room)
-        self.model, self._voices = loaded.pointer, loaded.voices
+        self.model, self._native_logs = loaded.pointer, loaded.native_logs
         # llama.cpp warns of a pooling that is not the model's own: here it was asked for, or there is none.
         logging.getLogger("llama.cpp").addFilter(lambda line: "default pooling_type" not in line.getMessage())
         self._vocab = C.llama_model_get_vocab(self.model)
@@ -111,7 +111,7 @@ class EmbedCell:
                 params.pooling_type = C.LLAMA_POOLING_TYPE_MEAN
                 self.context = C.llama_init_from_model(self.model, params)
         if not self.context:
-            raise ContextError(self._voices.last_error or "llama_init_from_model returned NULL")
+            raise ContextError(self._native_logs.last_error or "llama_init_from_model returned NULL")
         self._memory = C.llama_get_memory(self.context)
         pooling = C.llama_pooling_type(self.context)
         self._info = EmbedInfo(

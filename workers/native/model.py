@@ -1,4 +1,4 @@
-"""Child side: a loaded model, what it is, and llama.cpp's voices. Only cells import this module.
+"""Child side: a loaded model, what it is, and what llama.cpp logs. Only cells import this module.
 
 Facts are those of llama.cpp 0c1e57098 (llama-cpp-python 0.3.36), include/llama.h unless noted.
 """
@@ -111,7 +111,7 @@ class NativeLogs:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model, and the voices of the cell that has it.
+    """A loaded model, and the logs of the cell that has it.
 
     Attributes:
         pointer: llama.cpp's.
@@ -120,7 +120,7 @@ class Model:
 
     pointer: Any
     file: ModelFile
-    voices: NativeLogs
+    native_logs: NativeLogs
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,15 @@ def load_model(file: ModelFile, room: Room) -> Model:
     Raises:
         LoadError: llama.cpp could not; the message is its own.
     """
-    voices = NativeLogs(room)
+    native_logs = NativeLogs(room)
     C.llama_backend_init()
     params = C.llama_model_default_params()
     params.n_gpu_layers = file.n_gpu_layers
     with room.recorder.phase("load"):
         pointer = C.llama_model_load_from_file(file.model.encode(), params)
     if not pointer:
-        raise LoadError(voices.last_error or "llama_model_load_from_file returned NULL")
-    return Model(pointer, file, voices)
+        raise LoadError(native_logs.last_error or "llama_model_load_from_file returned NULL")
+    return Model(pointer, file, native_logs)
 
 
 def context_params(config: CellConfig) -> Any:
@@ -179,7 +179,7 @@ def make_context(model: Model, config: CellConfig) -> Any:
         params.pooling_type = C.LLAMA_POOLING_TYPE_NONE
         context = C.llama_init_from_model(model.pointer, params)
     if not context:
-        raise ContextError(model.voices.last_error or "llama_init_from_model returned NULL")
+        raise ContextError(model.native_logs.last_error or "llama_init_from_model returned NULL")
     return context
 
 
@@ -226,5 +226,5 @@ def model_of(preloaded: Any, model: str, n_gpu_layers: int, room: Room) -> Model
     """
     file = ModelFile(model, n_gpu_layers)
     if isinstance(preloaded, Seed) and preloaded.model.file == file:
-        return replace(preloaded.model, voices=NativeLogs(room))
+        return replace(preloaded.model, native_logs=NativeLogs(room))
     return load_model(file, room)

@@ -233,7 +233,7 @@ Run = Callable[..., tuple[DecodeClient, Zygote]]
 
 @pytest.fixture
 def run(reporter: Reporter) -> Iterator[Run]:
-    """Make runners over zygotes, closed after the test."""
+    """Make clients over zygotes, closed after the test."""
     made: list[tuple[DecodeClient, Zygote]] = []
 
     def make(model: Path, spares: int = 1) -> tuple[DecodeClient, Zygote]:
@@ -245,13 +245,13 @@ def run(reporter: Reporter) -> Iterator[Run]:
         return made[-1]
 
     yield make
-    for runner, zygote in made:
-        runner.close()
+    for client, zygote in made:
+        client.close()
         zygote.close()
 
 
-def logits(runner: DecodeClient) -> np.ndarray:
-    found = runner.send(BATCH, DecodeOptions()).logits
+def logits(client: DecodeClient) -> np.ndarray:
+    found = client.send(BATCH, DecodeOptions()).logits
     assert found is not None
     return found
 
@@ -265,25 +265,25 @@ def test_forked_spawned_and_spare_cells_compute_the_same(tiny: Path, run: Run) -
     spawned = DecodeClient(CellConfig(str(tiny), 512, 64, 64, 2, 1), Limits(30, None), None)
     expected = logits(spawned)
     spawned.close()
-    runner, zygote = run(tiny)
-    assert zygote.info(CellInfo) == runner.info
-    np.testing.assert_array_equal(logits(runner), expected)
+    client, zygote = run(tiny)
+    assert zygote.info(CellInfo) == client.info
+    np.testing.assert_array_equal(logits(client), expected)
     for _ in range(2):
-        assert runner.wait_for_spares(30)
-        kill(runner.pid)
-        runner.start()
-        assert parent(runner.pid or 0) == zygote.pid
-        np.testing.assert_array_equal(logits(runner), expected)
+        assert client.wait_for_spares(30)
+        kill(client.pid)
+        client.start()
+        assert parent(client.pid or 0) == zygote.pid
+        np.testing.assert_array_equal(logits(client), expected)
 
 
 def test_an_idle_cell_that_dies_is_replaced_unseen(
     tiny: Path, run: Run, reporter: Reporter, store: Store
 ) -> None:
-    runner, _ = run(tiny)
-    expected = logits(runner)
-    kill(pid := runner.pid)
-    runner.start()
-    np.testing.assert_array_equal(logits(runner), expected)
+    client, _ = run(tiny)
+    expected = logits(client)
+    kill(pid := client.pid)
+    client.start()
+    np.testing.assert_array_equal(logits(client), expected)
     (report,) = settled(reporter, store)
     evidence = report.evidence
     assert (evidence.pid, evidence.phase, evidence.exit) == (pid, "idle", Exit.KILLED)
@@ -294,37 +294,37 @@ def test_an_idle_cell_that_dies_is_replaced_unseen(
 
 
 def test_in_the_middle_of_a_job_a_death_is_told(tiny: Path, run: Run) -> None:
-    runner, _ = run(tiny)
-    logits(runner)
-    kill(runner.pid)
+    client, _ = run(tiny)
+    logits(client)
+    kill(client.pid)
     with pytest.raises(CellDied):
-        logits(runner)
-    logits(runner)
+        logits(client)
+    logits(client)
 
 
 def test_zygote_spare_and_cell_killed_at_once(tiny: Path, run: Run, reporter: Reporter, store: Store) -> None:
-    runner, _ = run(tiny)
-    expected = logits(runner)
-    assert runner.wait_for_spares(30)
+    client, _ = run(tiny)
+    expected = logits(client)
+    assert client.wait_for_spares(30)
     pids = [each.pid for each in psutil.Process().children(recursive=True)]
     assert len(pids) == 3
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     for pid in pids:
         kill(pid)
-    runner.start()
-    np.testing.assert_array_equal(logits(runner), expected)
-    assert runner.wait_for_spares(30)
+    client.start()
+    np.testing.assert_array_equal(logits(client), expected)
+    assert client.wait_for_spares(30)
     reports = settled(reporter, store)
     assert {report.evidence.exit for report in reports} == {Exit.KILLED}
     assert {report.evidence.phase for report in reports} == {"idle"}
 
 
 def test_a_native_crash_in_a_forked_cell(smollm: Path, run: Run) -> None:
-    runner, _ = run(smollm)
-    runner.start()
+    client, _ = run(smollm)
+    client.start()
     with pytest.raises(CellDied) as caught:
-        runner.send(BATCH, DecodeOptions(encode=True))
+        client.send(BATCH, DecodeOptions(encode=True))
     evidence = Incident.of(caught.value).evidence.result(60)
     assert (evidence.exit, evidence.returncode) == (Exit.SIGNAL, -signal.SIGSEGV)
     (crashed,) = [thread for thread in evidence.threads if thread.crashed]
@@ -332,18 +332,18 @@ def test_a_native_crash_in_a_forked_cell(smollm: Path, run: Run) -> None:
     assert [step for step in evidence.steps if not step.ok] == []
     assert [phase.name for phase in evidence.flight][-1] == "encode"
     assert "load" not in {phase.name for phase in evidence.flight}
-    logits(runner)
+    logits(client)
 
 
 def test_a_model_that_crashes_when_it_decodes_is_found_by_its_first_job(
     tiny: Path, run: Run, reporter: Reporter, store: Store, dose: Dose
 ) -> None:
     dose(Poison())
-    runner, _ = run(tiny)
-    runner.start()
-    assert not runner.wait_for_spares(30)
+    client, _ = run(tiny)
+    client.start()
+    assert not client.wait_for_spares(30)
     with pytest.raises(CellDied) as caught:
-        logits(runner)
+        logits(client)
     assert Incident.of(caught.value).evidence.result(60).exit == Exit.SIGNAL
     reports = settled(reporter, store)
     assert [report.evidence.exit for report in reports] == [Exit.SIGNAL] * 3
@@ -353,14 +353,14 @@ def test_a_model_that_crashes_when_it_decodes_is_found_by_its_first_job(
 def test_a_crash_of_the_loader_is_a_report_and_an_error(
     tmp_path: Path, run: Run, reporter: Reporter, store: Store
 ) -> None:
-    runner, zygote = run(write_block_count_zero(tmp_path / "model.gguf"))
+    client, zygote = run(write_block_count_zero(tmp_path / "model.gguf"))
     with pytest.raises(ModelError, match=r"llama\.cpp died while loading it") as caught:
-        runner.start()
+        client.start()
     (report,) = settled(reporter, store)
     assert caught.value.report == str(store.path(report.id))
     assert (report.evidence.exit, report.evidence.phase) == (Exit.ABORT, "start")
     assert report.evidence.assertion is not None
     assert zygote.pid is None
-    runner.close()
+    client.close()
     with pytest.raises(UsageError):
-        runner.start()
+        client.start()

@@ -214,7 +214,7 @@ def test_cells_are_forked(tiny: Path, reporter: Reporter, dose: Dose) -> None:
             assert psutil.Process(forked.pid).ppid() == zygote.pid
             assert list(embed(forked, [*FEW, "xyz"]).errors) == [5]
             np.testing.assert_array_equal(embed(forked, FEW).vectors, before)
-            assert forked._runner.wait_for_spares(30)
+            assert forked._client.wait_for_spares(30)
             assert [psutil.Process(pid).ppid() for pid in forked.spare_pids] == [zygote.pid]
 
 

@@ -62,7 +62,7 @@ class Driver:
 
     def __init__(self, model: Path, n_seq: int) -> None:
         config = configure(model, n_ctx=256 * n_seq, n_batch=CHUNK, n_seq_max=n_seq, n_threads=1)
-        self.runner = DecodeClient(config, Limits(60, None), None)
+        self.client = DecodeClient(config, Limits(60, None), None)
         self.tokens: dict[int, list[int]] = {}
         self.running: set[int] = set()
         self._joins: list[tuple[Join, npt.NDArray[np.int32]]] = []
@@ -82,7 +82,7 @@ class Driver:
         """One control message; what each sequence got."""
         joins, reset = self._joins, self._reset
         self._joins, self._reset = [], False
-        generated: Generated = self.runner.generate(joins, steps, CHUNK, leaves=leaves, reset=reset)
+        generated: Generated = self.client.generate(joins, steps, CHUNK, leaves=leaves, reset=reset)
         self.running -= {*leaves, *(each.seq_id for each in generated.progress if each.finished)}
         for each in generated.progress:
             self.tokens[each.seq_id] += each.tokens
@@ -95,7 +95,7 @@ class Driver:
 
     def sent(self) -> list[tuple[int, int]]:
         """Sequence and position of every token in the latest native call."""
-        batch = self.runner.last_batch(CHUNK, [])
+        batch = self.client.last_batch(CHUNK, [])
         return list(zip(batch.seq_ids, batch.positions, strict=True))
 
     def alone(self, prompt: Sequence[int], sampling: Sampling) -> list[int]:
@@ -115,7 +115,7 @@ def drive() -> Iterator[Make]:
 
     yield make
     for driver in made:
-        driver.runner.close()
+        driver.client.close()
 
 
 def words(n: int, seed: int = 0) -> list[int]:
@@ -187,12 +187,12 @@ def test_a_nudge_ends_one_call_early(tiny: Path, drive: Make) -> None:
     driver = drive(tiny)
     driver.join(0, words(9), LONG)
     driver.step(1)
-    assert driver.runner.cell is not None
-    driver.runner.cell.arena.nudge()
+    assert driver.client.cell is not None
+    driver.client.cell.arena.nudge()
     assert len(driver.step(50)[0]) == 1
     assert len(driver.step(50)[0]) > 1
     driver.join(1, words(3 * BESIDE // 2, 1), LONG)
-    driver.runner.cell.arena.nudge()
+    driver.client.cell.arena.nudge()
     assert [len(tokens) for tokens in driver.step(50).values()] == [1, 0]  # it is being read
 
 
@@ -200,7 +200,7 @@ def test_a_nudged_cell_may_have_nothing_to_tell(tiny: Path, drive: Make) -> None
     driver = drive(tiny)
     for seq_id in range(2):
         driver.join(seq_id, words(CHUNK + 9, seq_id), LONG)
-    driver.runner.start().arena.nudge()
+    driver.client.start().arena.nudge()
     assert driver.step() == {0: [], 1: []}
     assert {seq_id: len(tokens) for seq_id, tokens in driver.step().items()} == {0: 1, 1: 0}
 
@@ -307,9 +307,9 @@ def test_nothing_is_kept_of_a_memory_that_others_changed(operation: str, tiny: P
     driver, prompt = drive(tiny, 1), words(20)
     driver.alone(prompt, Sampling(2))
     if operation == "clear":
-        driver.runner.operate(MemoryOperation("clear"))
+        driver.client.operate(MemoryOperation("clear"))
     else:
-        driver.runner.send(Batch.of([words(20, 1)]).columns(), DecodeOptions())
+        driver.client.send(Batch.of([words(20, 1)]).columns(), DecodeOptions())
     driver.join(0, prompt, Sampling(2))
     driver.step(1)
     assert len(driver.sent()) == 20

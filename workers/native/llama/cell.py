@@ -72,15 +72,15 @@ class LlamaCell:
 
     def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:
         self._room, self._saved = room, b""
-        voices, wanted = NativeLogs(room), msgspec.msgpack.decode(config, type=LlamaConfig)
+        native_logs, wanted = NativeLogs(room), msgspec.msgpack.decode(config, type=LlamaConfig)
         model = preloaded.model if isinstance(preloaded, LlamaSeed) else None
         with room.recorder.phase("load"):
             try:
-                self._llama = ReplayableLlama(wanted, room, voices, model)
+                self._llama = ReplayableLlama(wanted, room, native_logs, model)
             except ValueError as error:
-                raise LoadError(voices.last_error or str(error)) from error
+                raise LoadError(native_logs.last_error or str(error)) from error
         if self._llama.lora_path and not self._llama._lora_adapter:  # noqa: SLF001 - the original misses the NULL
-            raise LoadError(f"LoRA {self._llama.lora_path}: {voices.last_error or 'refused'}")
+            raise LoadError(f"LoRA {self._llama.lora_path}: {native_logs.last_error or 'refused'}")
         self._encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
         self._running: Iterator[Any] | None = None
         self._parcel = b""

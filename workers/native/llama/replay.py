@@ -61,9 +61,9 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
 
     n_tokens: int
 
-    def __init__(self, config: LlamaConfig, room: Room, voices: NativeLogs, model: Any = None) -> None:
+    def __init__(self, config: LlamaConfig, room: Room, native_logs: NativeLogs, model: Any = None) -> None:
         self.journal = CallJournal(room.ask)
-        self._room, self._voices = room, voices
+        self._room, self._native_logs = room, native_logs
         self._job: LlamaCall | None = None
         self._history: list[int] | None = None  # evaluated in another cell, and not yet here
         self._generation = -1
@@ -122,12 +122,12 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
 
     def _compile(self, grammar: Any) -> None:
         self.journal.tell("grammar")
-        self._voices.last_error = ""
+        self._native_logs.last_error = ""
         with self._room.recorder.phase("grammar", len(grammar._grammar)):  # noqa: SLF001 - the original's
             texts = grammar._grammar.encode(), grammar._root.encode()  # noqa: SLF001 - there is no other name
             sampler = C.llama_sampler_init_grammar(self._model.vocab, *texts)
         if not sampler:
-            raise GrammarError(self._voices.last_error or "llama.cpp cannot parse it")
+            raise GrammarError(self._native_logs.last_error or "llama.cpp cannot parse it")
         C.llama_sampler_free(sampler)
         self.journal.tell()
 

@@ -65,7 +65,7 @@ def preload(config: msgspec.Raw, room: Room) -> LlamaSeed:
         UnforkableError: The state that a GPU's driver keeps for a process does not survive a fork.
     """
     refuse_gpu()
-    wanted, voices = msgspec.msgpack.decode(config, type=LlamaConfig), NativeLogs(room)
+    wanted, native_logs = msgspec.msgpack.decode(config, type=LlamaConfig), NativeLogs(room)
     load = original.internals.LlamaModel
 
     def loaded(**arguments: Any) -> None:
@@ -77,7 +77,7 @@ def preload(config: msgspec.Raw, room: Room) -> LlamaSeed:
         except _LoadedError as done:
             model = done.model
         except ValueError as error:
-            raise LoadError(voices.last_error or str(error)) from error
+            raise LoadError(native_logs.last_error or str(error)) from error
     return LlamaSeed(model, LlamaSeedInfo(_context_bytes(model.model, wanted.parameters["n_ctx"])))
 
 
