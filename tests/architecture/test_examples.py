@@ -58,10 +58,11 @@ def test_the_service_outlives_crashes_and_bad_lines(service: subprocess.Popen[st
     assert (undisturbed["id"], undisturbed["recovered"]) == (1, 0)
     assert len(undisturbed["text"]) > 20
 
+    (zygote,) = psutil.Process(service.pid).children()
+    cells = zygote.children()  # the one that will be at work, and its spare
     send(service, request | {"id": 2})
     assert "delta" in receive(service)
-    (zygote,) = psutil.Process(service.pid).children()
-    for cell in zygote.children():  # the one that is at work, and its spare
+    for cell in cells:
         cell.kill()
     disturbed = answer(service)
     assert (disturbed["id"], disturbed["recovered"]) == (2, 1)

@@ -301,7 +301,7 @@ def test_use_in_a_forked_child(tiny: Path, make: Open) -> None:
 FORK = """
 import os, sys
 from crumplezone import Batch, Decoder
-from tests.support import fork
+from tests.support.decoders import fork
 if __name__ == "__main__":
     with Decoder(sys.argv[1], n_ctx=256, n_seq_max=1, n_threads=1, reports=sys.argv[2]) as decoder:
         child = fork()

@@ -33,7 +33,7 @@ NAMES = [
 ]
 PATIENT = """
 import sys, msgspec
-from crumplezone.diagnostics import doctor
+from crumplezone.diagnostics.doctor import doctor
 from tests.support.services import refuse
 refuse.system_call(*map(int, sys.argv[1:]))
 sys.stdout.buffer.write(msgspec.json.encode([doctor._pidfd(), *doctor._crash()]))
@@ -216,7 +216,7 @@ def in_cgroup(group: Path, expression: str) -> list[str]:
     def join() -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    code = f"from crumplezone.diagnostics import doctor_machine as machine; print({expression}, sep='\\n')"
+    code = f"from crumplezone.diagnostics.doctor import machine; print({expression}, sep='\\n')"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=join, check=True, timeout=60)
     return done.stdout.splitlines()
@@ -253,7 +253,7 @@ def test_the_pids_cgroup_counts() -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
 def test_the_threads_of_a_user_are_counted() -> None:
     code = (
-        "import os, resource, threading; from crumplezone.diagnostics import doctor_machine as machine;"
+        "import os, resource, threading; from crumplezone.diagnostics.doctor import machine;"
         "print(len(list(machine._threads_left())));"
         "os.setuid(54321); resource.setrlimit(resource.RLIMIT_NPROC, (30, 30));"
         "wait = threading.Event(); other = threading.Thread(target=wait.wait); other.start();"

@@ -140,7 +140,7 @@ def test_an_unknown_report_is_an_error_for_main(tmp_path: Path) -> None:
 def test_a_terminal_gets_a_table_and_markup_stays_text(tmp_path: Path) -> None:
     Store(tmp_path).write(full(hostile="[red]x[/nonsense]"), "")
     master, slave = pty.openpty()
-    code = "from crumplezone.cli.triage import app; app()"
+    code = "from crumplezone.cli.triage.verbs import app; app()"
     command = [sys.executable, "-c", code, "list", "--reports", str(tmp_path)]
     env = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
     child = subprocess.Popen(command, stdout=slave, env=env)

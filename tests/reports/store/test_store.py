@@ -300,7 +300,8 @@ WRITE = """
 import sys
 from pathlib import Path
 import msgspec
-from crumplezone.reports import schema, store
+from crumplezone.reports.records import report as schema
+from crumplezone.reports.store import store
 data, directory, name, count = sys.argv[1:]
 report = schema.decode(Path(data).read_bytes())
 reports = store.Store(Path(directory))
