@@ -74,9 +74,9 @@ def test_the_service_outlives_crashes_and_bad_lines(service: subprocess.Popen[st
 
     _, errors = service.communicate(timeout=60)  # which closes its input
     assert service.returncode == 0, errors
-    (row,) = store.rows()
-    assert disturbed["reports"] == [str(store.path(row.id))]
-    assert store.read(row.id).evidence.exit == Exit.KILLED
+    (report,) = map(Path, disturbed["reports"])
+    assert report == store.path(report.name)
+    assert store.read(report.name).evidence.exit == Exit.KILLED
 
 
 def test_the_notebook(env: dict[str, str], store: Store) -> None:
