@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -126,3 +127,24 @@ def record(store: Store, make: Open) -> Record:
         return read_all(store)
 
     return crash
+
+
+@pytest.fixture
+def small_cgroup() -> Iterator[Path]:
+    """A memory cgroup of 300 MB below our own, version 1 or 2."""
+    line = next(
+        (x for x in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in x or "::" in x), "::/"
+    )
+    _, controllers, path = line.split(":", 2)
+    base = Path("/sys/fs/cgroup", "memory" if controllers else "", path.lstrip("/"))
+    group = base / f"crumplezone-test-{os.getpid()}"
+    limit = group / ("memory.limit_in_bytes" if controllers else "memory.max")
+    try:
+        group.mkdir()
+        limit.write_text(str(300 << 20))
+    except OSError as error:
+        if group.exists():
+            group.rmdir()
+        pytest.skip(f"no cgroup can be made here: {error}")
+    yield group
+    group.rmdir()

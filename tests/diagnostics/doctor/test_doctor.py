@@ -24,7 +24,7 @@ from crumplezone.sandbox.process import cgroup
 from tests.support import decoders as support
 from tests.support.cli import crumplezone
 from tests.support.models.tiny_gguf import write_block_count_zero, write_truncated
-from tests.support.processes.constrained import die_in_a_supervisor, small_cgroup  # noqa: F401 - a fixture
+from tests.support.processes.constrained import die_in_a_supervisor
 from tests.support.services import refuse
 
 NAMES = [
@@ -222,7 +222,7 @@ def in_cgroup(group: Path, expression: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_memory_cgroup_counts(small_cgroup: Path) -> None:  # noqa: F811 - a fixture
+def test_the_memory_cgroup_counts(small_cgroup: Path) -> None:
     left, who = in_cgroup(small_cgroup, "*machine.room()")
     assert 0 < int(left) <= 300 << 20
     assert small_cgroup.name in who
