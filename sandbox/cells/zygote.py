@@ -94,7 +94,7 @@ class Zygote:
             return line.cell.info(kind) if line else None
 
     def fork(self, env: Mapping[str, str]) -> Process:
-        """Start a cell; as `crumplezone.sandbox.launch.spawn`, for `Cell`.
+        """Start a cell; as `crumplezone.sandbox.process.launch.spawn`, for `Cell`.
 
         Args:
             env: Added to its environment.

@@ -27,7 +27,7 @@ from crumplezone.reports.formats.text import render
 from crumplezone.reports.records.report import Evidence, Exit, Frame, ModelRecord, Report, Thread
 from crumplezone.reports.store.store import Store
 from tests.support.cli import COMMAND, crumplezone, read_until
-from tests.support.records.reports import ESCAPE, full, plant
+from tests.support.records.reports import ESCAPE, full, put
 
 VERBS = ["list", "show", "group", "diff", "replay", "minimise", "script", "export", "html", "prune"]
 ENCODE, ENCODE_AGAIN, ABORT, REDACTED = range(4)
@@ -149,8 +149,8 @@ def test_an_empty_store_is_no_error_for_lists_and_says_where_it_is(tmp_path: Pat
 
 def test_ids_and_reports_that_are_no_good_are_explained(cwd: Path, crashes: list[Report]) -> None:
     store = cwd / "reports"
-    plant(store, "newer", b'{"schema_version": 99}')
-    plant(store, "corrupt", b"{")
+    put(store, "newer", b'{"schema_version": 99}')
+    put(store, "corrupt", b"{")
     assert "no report nothing in" in refused(cwd, "show", "nothing")
     assert "is not a report id" in refused(cwd, "show", "../reports")
     assert "begins 4 report ids" in refused(cwd, "show", crashes[0].id[:2])

@@ -14,7 +14,7 @@ from crumplezone.reports.records.report import Evidence, Exit, Frame, Report, Si
 from crumplezone.reports.store.index import Row
 from crumplezone.reports.store.retention import Count
 from crumplezone.reports.store.store import Store
-from tests.support.records.reports import ESCAPE, plant
+from tests.support.records.reports import ESCAPE, put
 
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -100,7 +100,7 @@ def test_near_duplicates_have_one_number(tmp_path: Path) -> None:
     }
     for name, frames in stacks.items():
         store.write(report(name, *frames), "")
-    plant(tmp_path, "corrupt", b"")
+    put(tmp_path, "corrupt", b"")
     found = groups(store.rows(), {})
     near = near_duplicates(store, found)
     number = {group.first: near[group.signature] for group in found}

@@ -19,7 +19,7 @@ from crumplezone.reports.formats import text
 from crumplezone.reports.records import report as schema
 from crumplezone.reports.records.report import Evidence, Exit, Fault, Frame, Report, Thread
 from crumplezone.reports.store.store import Store
-from tests.support.records.reports import ESCAPE, ID, TOP, full, plant
+from tests.support.records.reports import ESCAPE, ID, TOP, full, put
 
 
 def test_the_text_has_all_that_is_known() -> None:
@@ -115,7 +115,7 @@ def test_the_top_frame_is_beyond_the_runtime(frame: Frame) -> None:
 def test_list_and_show(tmp_path: Path) -> None:
     reports = Store(tmp_path)
     reports.write(full(hostile=ESCAPE), "not shown")
-    plant(tmp_path, "broken", b"{")
+    put(tmp_path, "broken", b"{")
     listed = CliRunner().invoke(app, ["list", "--reports", str(tmp_path)])
     assert listed.exit_code == 0
     assert all(line.replace("\t", "").isprintable() for line in listed.output.splitlines())

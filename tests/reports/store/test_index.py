@@ -22,7 +22,7 @@ from crumplezone.reports.records.report import Exit, Verdict, VerdictKind
 from crumplezone.reports.store import index
 from crumplezone.reports.store.index import Row
 from crumplezone.reports.store.store import Store
-from tests.support.records.reports import ESCAPE, ID, full, plant
+from tests.support.records.reports import ESCAPE, ID, full, put
 
 
 def problems(reports: Store) -> dict[str, str]:
@@ -133,7 +133,7 @@ def test_a_report_removed_or_added_by_hand_is_seen(tmp_path: Path) -> None:
     reports.write(full("b"), "")
     assert len(reports.rows()) == 2
     path.rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
-    plant(tmp_path, "c", schema.encode(full("c")))
+    put(tmp_path, "c", schema.encode(full("c")))
     assert problems(reports) == {"b": "", "c": ""}
 
 

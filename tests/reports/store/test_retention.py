@@ -26,7 +26,7 @@ from crumplezone.reports.store.index import Row
 from crumplezone.reports.store.retention import Ledger, Retention, plan
 from crumplezone.reports.store.store import Store
 from crumplezone.reports.store.storm import FULL_PER_HOUR, Storm, slim
-from tests.support.records.reports import full, plant
+from tests.support.records.reports import full, put
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 NOTHING = Retention(count=0)
@@ -152,7 +152,7 @@ def test_what_goes_is_gone_and_what_stays_is_whole(tmp_path: Path) -> None:
     reports = Store(tmp_path)
     for number in range(6):
         reports.write(report(number, "even" if number % 2 == 0 else "odd", days=9 - number), "text")
-    plant(tmp_path, "corrupt", b"{")
+    put(tmp_path, "corrupt", b"{")
     os.utime(tmp_path / "corrupt", (0, 0))
     pruned = reports.prune(Retention(count=4), NOW)
     assert pruned.removed == ("r002", "r003", "r004")
@@ -180,7 +180,7 @@ def test_what_goes_is_gone_and_what_stays_is_whole(tmp_path: Path) -> None:
 def test_links_and_reports_of_a_newer_version_are_left_alone(tmp_path: Path) -> None:
     outside = Store(tmp_path / "outside").write(report(0, "a"), "")
     reports = Store(tmp_path / "store")
-    plant(reports.directory, "newer", b'{"schema_version": 99}')
+    put(reports.directory, "newer", b'{"schema_version": 99}')
     (reports.directory / "link").symlink_to(outside)
     (reports.directory / ".tmp-link").symlink_to(outside)
     os.utime(reports.directory / ".tmp-link", (0, 0), follow_symlinks=False)
@@ -196,7 +196,7 @@ def test_what_dead_writers_left_is_swept_when_it_is_old(tmp_path: Path) -> None:
     reports = Store(tmp_path)
     reports.write(report(0, "a"), "")
     for name in ("old", "new"):
-        plant(tmp_path, f".tmp-{name}", b"{")
+        put(tmp_path, f".tmp-{name}", b"{")
         (tmp_path / f".tmp-{name}-file").touch()
     for name in ("old", "old-file"):
         os.utime(tmp_path / f".tmp-{name}", (time.time() - 3700,) * 2)

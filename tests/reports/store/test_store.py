@@ -21,7 +21,7 @@ from crumplezone.reports.store import index, store
 from crumplezone.reports.store.shrink import fit
 from crumplezone.reports.store.store import Store
 from tests.support.decoders import descriptors, opened_since
-from tests.support.records.reports import ID, full, plant
+from tests.support.records.reports import ID, full, put
 
 
 def reports_in(directory: Path) -> list[str]:
@@ -71,7 +71,7 @@ def test_new_ids_are_in_utc_differ_and_are_valid(tmp_path: Path) -> None:
 
 
 def test_what_is_no_report_is_invisible(tmp_path: Path) -> None:
-    plant(tmp_path, f".tmp-{ID}-1", schema.encode(full()))
+    put(tmp_path, f".tmp-{ID}-1", schema.encode(full()))
     (tmp_path / "notes.txt").write_text("not a report")
     (tmp_path / "no id").mkdir()
     (tmp_path / "\x1b[31m").mkdir()
@@ -229,7 +229,7 @@ CORRUPT = {
 def test_a_corrupt_report_is_listed_and_harms_no_other(tmp_path: Path, name: str) -> None:
     reports = Store(tmp_path)
     reports.write(full("good"), "")
-    plant(tmp_path, name, CORRUPT[name])
+    put(tmp_path, name, CORRUPT[name])
     for _ in range(2):  # the second time from the index
         found = {row.id: row for row in reports.rows()}
         assert (found["good"].problem, found["good"].exit) == ("", Exit.SIGNAL)
@@ -241,7 +241,7 @@ def test_a_corrupt_report_is_listed_and_harms_no_other(tmp_path: Path, name: str
 
 
 def test_a_newer_report_asks_for_an_upgrade(tmp_path: Path) -> None:
-    plant(tmp_path, "newer", NEWER)
+    put(tmp_path, "newer", NEWER)
     (row,) = Store(tmp_path).rows()
     assert "upgrade" in row.problem
     assert not row.corrupt
@@ -250,7 +250,7 @@ def test_a_newer_report_asks_for_an_upgrade(tmp_path: Path) -> None:
 
 
 def test_what_is_no_regular_file_of_a_sane_size_is_a_problem(tmp_path: Path) -> None:
-    plant(tmp_path, "huge", b"")
+    put(tmp_path, "huge", b"")
     os.truncate(tmp_path / "huge" / "report.json", store.MAX_BYTES + 1)
     (tmp_path / "missing").mkdir()
     (tmp_path / "pipe").mkdir()
@@ -269,7 +269,7 @@ def test_links_out_of_the_store_are_not_followed(tmp_path: Path) -> None:
     outside = Store(tmp_path / "outside")
     path = outside.write(full(), "")
     inside = tmp_path / "inside"
-    plant(inside, "x", b"")  # so that there is an index
+    put(inside, "x", b"")  # so that there is an index
     (inside / "file").mkdir()
     (inside / "file" / "report.json").symlink_to(path / "report.json")
     (inside / ID).symlink_to(path)

@@ -14,11 +14,11 @@ from crumplezone.sandbox.child.loop import Room
 from crumplezone.workers.native.llama.cell import LlamaCell
 from crumplezone.workers.protocol.llama import Request, Restore
 
-TARGET = "tests.support.native.llama_poison:PoisonHost"
+TARGET = "tests.support.native.llama_poison:PoisonCell"
 VARIABLE = "CRUMPLEZONE_TEST_LLAMA_POISON"
 
 
-class Dose(msgspec.Struct, frozen=True):
+class Poison(msgspec.Struct, frozen=True):
     """When to die, and how. Cells read it from the environment variable `VARIABLE`."""
 
     min_tokens: int = 1  # only with so many tokens in one native call
@@ -27,12 +27,12 @@ class Dose(msgspec.Struct, frozen=True):
     how: str = "segv"  # segv or hang; restore: when it is given a saved state
 
 
-class PoisonHost(LlamaCell):
-    """A `LlamaCell` with a `Dose`."""
+class PoisonCell(LlamaCell):
+    """A `LlamaCell` with a `Poison`."""
 
     def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:
         super().__init__(config, room, preloaded)
-        dose = msgspec.json.decode(os.environ[VARIABLE], type=Dose)
+        dose = msgspec.json.decode(os.environ[VARIABLE], type=Poison)
         context: Any = self._llama._ctx
         decode = context.decode
 
@@ -52,12 +52,12 @@ class PoisonHost(LlamaCell):
         context.decode = dosed
 
     def handle(self, request: Request) -> msgspec.Struct:
-        dose = msgspec.json.decode(os.environ[VARIABLE], type=Dose)
+        dose = msgspec.json.decode(os.environ[VARIABLE], type=Poison)
         if isinstance(request, Restore) and dose.how == "restore" and self._first(dose):
             ctypes.memset(0x18, 1, 1)
         return super().handle(request)
 
-    def _first(self, dose: Dose) -> bool:
+    def _first(self, dose: Poison) -> bool:
         if not dose.once:
             return True
         try:

@@ -57,7 +57,7 @@ def full(report_id: str = ID, hostile: str = "") -> Report:
     )
 
 
-def plant(directory: Path, report_id: str, data: bytes) -> None:
+def put(directory: Path, report_id: str, data: bytes) -> None:
     """Put a report.json into a store by hand."""
     (directory / report_id).mkdir(parents=True)
     (directory / report_id / "report.json").write_bytes(data)

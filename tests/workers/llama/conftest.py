@@ -13,7 +13,7 @@ from crumplezone import Llama
 from crumplezone.reports.store.store import Store
 from tests.support.decoders import OpenLlama, Plant
 from tests.support.native import llama_poison
-from tests.support.native.llama_poison import Dose
+from tests.support.native.llama_poison import Poison
 from tests.support.reference.llama_original import OPTIONS
 
 
@@ -31,10 +31,10 @@ def open_llama(smollm: Path, store: Store) -> Iterator[OpenLlama]:
 
 
 @pytest.fixture
-def dose(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Callable[[Dose], None]:
+def dose(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> Callable[[Poison], None]:
     """Make every cell that starts from now on a poisoned one."""
 
-    def give(given: Dose) -> None:
+    def give(given: Poison) -> None:
         plant("llama", llama_poison.TARGET)
         monkeypatch.setenv(llama_poison.VARIABLE, msgspec.json.encode(given).decode())
 

@@ -24,7 +24,7 @@ from crumplezone.workers.llama.calls.task import Task
 from crumplezone.workers.protocol.llama import Evaluated, Note
 from tests.support.decoders import OpenLlama as Open
 from tests.support.decoders import fork, read_all
-from tests.support.native.llama_poison import Dose
+from tests.support.native.llama_poison import Poison
 from tests.support.reference.llama_original import FOX, OPTIONS, SEA
 
 
@@ -144,10 +144,10 @@ def test_a_new_cell_has_the_lora(open_llama: Open, tiny: Path, tmp_path: Path) -
 
 
 def test_a_segfault_is_repeated_once_and_reported(
-    open_llama: Open, dose: Callable[[Dose], None], store: Store, tmp_path: Path
+    open_llama: Open, dose: Callable[[Poison], None], store: Store, tmp_path: Path
 ) -> None:
     undisturbed: Any = open_llama()(**FOX)
-    dose(Dose(at=12, once=str(tmp_path / "died")))
+    dose(Poison(at=12, once=str(tmp_path / "died")))
     llama = open_llama()
     done: Any = llama(**FOX)
     assert bare(done) == bare(undisturbed)
@@ -160,9 +160,9 @@ def test_a_segfault_is_repeated_once_and_reported(
 
 
 def test_a_batch_that_always_crashes_is_cured_token_by_token(
-    open_llama: Open, dose: Callable[[Dose], None], store: Store
+    open_llama: Open, dose: Callable[[Poison], None], store: Store
 ) -> None:
-    dose(Dose(min_tokens=2))
+    dose(Poison(min_tokens=2))
     llama = open_llama()
     done: Any = llama(**FOX)
     assert len(done["choices"][0]["text"]) > 20
@@ -173,9 +173,9 @@ def test_a_batch_that_always_crashes_is_cured_token_by_token(
 
 
 def test_a_call_that_always_crashes_fails_with_its_report(
-    open_llama: Open, dose: Callable[[Dose], None], store: Store
+    open_llama: Open, dose: Callable[[Poison], None], store: Store
 ) -> None:
-    dose(Dose(at=6))
+    dose(Poison(at=6))
     llama = open_llama()
     stream: Any = llama(**FOX, stream=True)
     texts = [next(stream)["choices"][0]["text"]]
@@ -191,10 +191,10 @@ def test_a_call_that_always_crashes_fails_with_its_report(
 
 
 def test_a_hang_ends_at_the_deadline_but_a_slow_callback_is_none(
-    open_llama: Open, dose: Callable[[Dose], None], store: Store, tmp_path: Path
+    open_llama: Open, dose: Callable[[Poison], None], store: Store, tmp_path: Path
 ) -> None:
     died = tmp_path / "died"
-    dose(Dose(at=8, once=str(died), how="hang"))
+    dose(Poison(at=8, once=str(died), how="hang"))
     llama = open_llama(deadline=2.0)
 
     def slow(ids: Any, _: Any) -> bool:

@@ -19,7 +19,7 @@ from crumplezone.reports.records.report import Exit, Phase
 from crumplezone.reports.store.store import Store
 from crumplezone.workers.llama.calls import checkpoint, session
 from tests.support.decoders import OpenLlama, kill, read_all
-from tests.support.native.llama_poison import Dose
+from tests.support.native.llama_poison import Poison
 from tests.support.reference.llama_original import FOX
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 12
@@ -134,9 +134,9 @@ def test_a_history_is_restored_too(open_llama: OpenLlama) -> None:
 
 @pytest.mark.usefixtures("often")
 def test_a_state_that_crashes_its_cell_is_done_without(
-    open_llama: OpenLlama, dose: Callable[[Dose], None], store: Store
+    open_llama: OpenLlama, dose: Callable[[Poison], None], store: Store
 ) -> None:
-    dose(Dose(how="restore"))
+    dose(Poison(how="restore"))
     llama = open_llama()
     undisturbed = stream(llama)
     assert stream(llama, 9) == undisturbed

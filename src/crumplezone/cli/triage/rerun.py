@@ -6,7 +6,7 @@ import datetime as dt
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, assert_never
 
 import typer
 from msgspec.structs import replace
@@ -163,14 +163,17 @@ def export(
     report = read_report(store, report_id)
     if redact:
         report = redacted(report, redaction_key(store.directory))
-    if form == Format.ZIP:
-        data = bundle.bundle(report, _script(report))
-    elif form == Format.JSON:
-        data = schema.encode(report) + b"\n"
-    elif form == Format.SARIF:
-        data = json.dumps(sarif.render([report]), indent=1).encode() + b"\n"
-    else:
-        data = markdown.render(report, _script(report)).encode("utf-8", "backslashreplace")
+    match form:
+        case Format.ZIP:
+            data = bundle.bundle(report, _script(report))
+        case Format.JSON:
+            data = schema.encode(report) + b"\n"
+        case Format.SARIF:
+            data = json.dumps(sarif.render([report]), indent=1).encode() + b"\n"
+        case Format.MARKDOWN:
+            data = markdown.render(report, _script(report)).encode("utf-8", "backslashreplace")
+        case _:
+            assert_never(form)
     write_out(out, data)
 
 
