@@ -11,19 +11,24 @@ from crumplezone.workers.protocol.llama import common_prefix
 _SHARE = 0.02  # of the time that cells compute, states take
 _FIRST = 0.5  # seconds of computing that a state has to save at least
 _WORTH = 16  # tokens; fewer are computed again
-BYTES_MAX = 2**29
-"""Of a state: a larger one is not kept, as it would be copied into this process."""
+_BYTES_MAX = 2**28  # of a state: a larger one is not kept, as it would be copied into this process
+_OF_LIMIT = 16  # nor one of more than this part of what a cell may take: it crosses its arena
 
 
 class Checkpoint:
     """A saved state, and when to save the next one.
 
+    Args:
+        memory_limit: Bytes that a cell may take, or None.
+
     Attributes:
+        bytes_max: Of a state.
         tokens: That the state was made of.
         state: As llama.cpp has it; empty: there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory_limit: int | None = None) -> None:
+        self.bytes_max = min(_BYTES_MAX, (memory_limit or 2**63) // _OF_LIMIT)
         self.tokens: list[int] = []
         self.state = b""
         self._computed = 0.0  # seconds, since the latest was made

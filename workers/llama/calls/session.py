@@ -19,7 +19,7 @@ from crumplezone.workers.cells.factory import Cells
 from crumplezone.workers.incidents.attempt import Attempt
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.llama.calls.callbacks import Callbacks
-from crumplezone.workers.llama.calls.checkpoint import BYTES_MAX, Checkpoint
+from crumplezone.workers.llama.calls.checkpoint import Checkpoint
 from crumplezone.workers.llama.calls.client import Decode, LlamaClient
 from crumplezone.workers.llama.calls.lock import CallLock
 from crumplezone.workers.llama.calls.task import LlamaSnapshot, Task
@@ -55,7 +55,7 @@ class Session:
         self._lock = CallLock()
         self._busy = threading.RLock()  # for one exchange; a callback's own queries come from the same thread
         self._callbacks = Callbacks()
-        self._checkpoint = Checkpoint()
+        self._checkpoint = Checkpoint(cells.limits.memory)
         self._cautious = self._native = self._client = self._made(config.careful(), 0, Rung.TOKEN)
         try:
             self._native = self._client = self._made(config, self._spares(spares), Rung.NATIVE)
@@ -224,7 +224,9 @@ class Session:
             for earlier in task.sent:  # the caller has had these items
                 self._next(task, earlier)
         elif self._checkpoint.due and self._llama.restorable:
-            self._checkpoint.make(self.snapshot.tokens, lambda: self._client.save(0, BYTES_MAX))
+            self._checkpoint.make(
+                self.snapshot.tokens, lambda: self._client.save(0, self._checkpoint.bytes_max)
+            )
         value, end = self._next(task, sent)
         if end:
             return _END
