@@ -24,7 +24,7 @@ from crumplezone import Llama
 _QUANT = "Q4_1"
 _N_CTX = 1024
 _TOKENS, _KILLS = 24, (6, 12, 18)  # few enough for the ring of the flight recorder
-_PROMPT = "The sea is wide and the ship is small. " * 20
+_PROMPT = "The sea is wide and the ship is small. " * 60  # so long that its state is saved
 _READY = 30.0  # seconds for a spare
 _SIDES: dict[str, dict[str, Any]] = {
     "with a spare": {"spares": 1},

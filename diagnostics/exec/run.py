@@ -150,7 +150,8 @@ def _begin(
         except OSError as error:
             if error.filename is None:  # no process could be had
                 raise
-            limit = f"must be a program that can be run: {error.strerror}"
+            remedy = "for Python code put `python` or `python -m` before it"
+            limit = f"must be a program that can be run: {error.strerror}; {remedy}"
             raise InputError("the command", command[0], limit) from error
         return child_of(popen, leads=False)
 

@@ -190,9 +190,9 @@ def _start(item: pytest.Item, limits: _Limits, notes: Notes, ran: _Ran, *, ignor
 def _fork(ends: Ends) -> Child:
     """Fork. Python 3.12+ warns of a fork with threads, as what they hold stays locked in there (fork(2)).
 
-    Our only one waits for what this cell will log (`Wire`), and so holds nothing; those of earlier cells have
-    ended (`Guest.close`). glibc and OpenBLAS see to their own in forks (pthread_atfork(3)), Python and its
-    logging likewise. Of those of plugins and tests `_warn_of_threads` tells, with their names.
+    Our only one waits for what this cell will log (`LogRelay`), and so holds nothing; those of earlier cells
+    have ended (`Guest.close`). glibc and OpenBLAS see to their own in forks (pthread_atfork(3)), Python and
+    its logging likewise. Of those of plugins and tests `_warn_of_threads` tells, with their names.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"This process .*is multi-threaded", DeprecationWarning)

@@ -292,9 +292,11 @@ def _environment(report: Report) -> list[str]:
 
 def _stderr(report: Report) -> list[str]:
     lines = _block(report.evidence.stderr_tail)
-    if report.evidence.log_tail:
-        lines.append("Log:")
-        lines += [line for entry in report.evidence.log_tail for line in _block(entry)]
+    if log := report.evidence.log_tail:
+        told = [entry for entry in log if not entry.startswith("DEBUG ")]  # of a graph there are hundreds
+        debug = len(log) - len(told)
+        lines.append(f"Log, less {debug} records of DEBUG (report.json has them):" if debug else "Log:")
+        lines += [line for entry in told for line in _block(entry)]
     return lines
 
 

@@ -37,7 +37,7 @@ class SparePool:
         spares: How many are kept in reserve.
         warm: Called with each spare before it counts as one.
         on_death: Called, on any thread, with the incident of a spare, or of a zygote that died while it was
-            started again. It must not refer to whoever is to close this supply when it is collected.
+            started again. It must not refer to whoever is to close this pool when it is collected.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from crumplezone.errors import CellDied, CellRefused, UsageError
 from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
-from crumplezone.sandbox.child import fork_server as fork_server
+from crumplezone.sandbox.child import fork_server
 from crumplezone.sandbox.child.fork_server import (
     Fork,
     Forked,
@@ -287,11 +287,13 @@ class _Line:
                 if not self.cell.alive:
                     raise _DeadError
                 left, self._left = self._left, []
+                deadline = _PATIENCE if self._stopped else _DEADLINE
                 for pid in left:
-                    if self.cell.call(Reap(pid), Reaped, _DEADLINE).returncode is None:
+                    if self.cell.call(Reap(pid), Reaped, deadline).returncode is None:
                         self._left.append(pid)
-                return self.cell.call(request, reply, _DEADLINE, fds=fds)
+                return self.cell.call(request, reply, deadline, fds=fds)
             except CellDied as died:
+                self._killed |= self._stopped  # it was to end, and did not answer any more
                 self._tell(died)
                 raise
             finally:

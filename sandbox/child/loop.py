@@ -211,9 +211,9 @@ def main() -> NoReturn:
     while True:
         try:
             live(ends, supervisor, preloaded)
-        except ForkedChild as reborn:
-            lives.append(reborn)
-            ends, preloaded = list(reborn.ends), reborn.preloaded
+        except ForkedChild as forked:
+            lives.append(forked)
+            ends, preloaded = list(forked.ends), forked.preloaded
 
 
 if __name__ == "__main__":

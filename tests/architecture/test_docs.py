@@ -16,6 +16,7 @@ from tests.support.paths import PACKAGE, ROOT, modules
 ARCHITECTURE = ROOT / "docs/architecture.md"
 FOLDERS = re.compile(r"^\| Folder .*?(?=^\n)", re.DOTALL | re.MULTILINE)
 RUN = {"python": [sys.executable, "-c"], "sh": ["sh", "-ec"]}
+OWN = [ROOT / f"{name}.md" for name in ("CONTRIBUTING", "RELEASING", "SECURITY")]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = ROOT / "docs/tutorial.md"
 
@@ -70,7 +71,7 @@ def run(language: str, code: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OWN], ids=lambda page: page.name)
 def test_every_file_that_is_named_is_there(page: Path) -> None:
     """By its path, or by as much of its end as only one file has."""
     tests = [f"/{path.relative_to(ROOT)}" for path in (ROOT / "tests").rglob("*.py")]

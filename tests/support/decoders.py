@@ -10,7 +10,7 @@ import select
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,20 @@ WARN_OF_FORKS = {"PYTHONWARNINGS": "always:This process:DeprecationWarning"}
 """Environment of a process that shall say on stderr when it forks with threads (Python 3.12+)."""
 
 
+@contextlib.contextmanager
+def forks_with_threads() -> Iterator[None]:
+    """Where a fork must be that Python 3.12+ warns of: what the threads hold stays locked in the child."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"This process .*is multi-threaded", DeprecationWarning)
+        yield
+
+
 def fork() -> int:
     """Fork this process, as a user may who has a decoder or a cell, and so has threads.
 
     What they hold stays locked in the child: let it do little. Their objects are there, but not its own.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"This process .*is multi-threaded", DeprecationWarning)
+    with forks_with_threads():
         return os.fork()
 
 

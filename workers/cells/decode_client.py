@@ -53,6 +53,7 @@ class DecodeClient(CellClient[CellInfo]):
         reporter: Where a crash of the loader is reported; None to raise it as it is.
         zygote: What forks the cells; None: they are spawned.
         spares: Warm cells in reserve.
+        owner: What its user calls the thing that it belongs to.
     """
 
     def __init__(
@@ -63,10 +64,13 @@ class DecodeClient(CellClient[CellInfo]):
         *,
         zygote: Zygote | None = None,
         spares: int = 0,
+        owner: str = "decoder",
     ) -> None:
         self.config = config
         super().__init__(
-            CellSource("decode", config, limits, reporter, zygote, spares), CellInfo, limits.deadline
+            CellSource("decode", config, limits, reporter, zygote, spares, owner=owner),
+            CellInfo,
+            limits.deadline,
         )
         self._progress = ProgressChecker(0)
 

@@ -100,9 +100,16 @@ class Cells:
             refusals=refusals,
         )
 
-    def decode_client(self, config: CellConfig) -> DecodeClient:
-        """A client with cells of its own."""
-        return DecodeClient(config, self.limits, self.reporter, zygote=self.zygote, spares=self.spares)
+    def decode_client(self, config: CellConfig, owner: str = "decoder") -> DecodeClient:
+        """A client with cells of its own; ``owner``: what its user calls it."""
+        return DecodeClient(
+            config, self.limits, self.reporter, zygote=self.zygote, spares=self.spares, owner=owner
+        )
+
+    def stop(self) -> None:
+        """Start no more cells. Whoever waits for a zygote that is stopped goes on."""
+        if self.zygote:
+            self.zygote.stop()
 
     def close(self) -> None:
         """End what was started here. Close the clients first."""

@@ -76,7 +76,7 @@ class Generation:
 
     Args:
         session: Holds the cell; what its memory held is gone when this has used it.
-        safe rungs: The safe rungs, or None to fail with the native rung.
+        safe_rungs: The safe rungs, or None to fail with the native rung.
         reporter: Where crashes go.
         width: Most prompts in flight.
     """

@@ -137,8 +137,7 @@ class Pool:
     def close(self) -> None:
         """Fail what is not done, and wait until every lane has ended. No cell is forked after that."""
         self.abandon()
-        if self.plan.cells.zygote:
-            self.plan.cells.zygote.stop()  # or a lane would wait for one that does not answer
+        self.plan.cells.stop()  # or a lane would wait for a zygote that does not answer
         if self._opener is not threading.current_thread():  # a callback of a future that it has failed
             self._opener.join()
         for lane in self._lanes:

@@ -20,7 +20,7 @@ class Ladder:
 
     Args:
         session: The native cell and its memory.
-        safe rungs: The safe rungs, or None to fail with the native one.
+        safe_rungs: The safe rungs, or None to fail with the native one.
         reporter: Where crashes go.
         preflight: Whether to skip native calls that are known to crash.
     """

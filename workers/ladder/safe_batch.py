@@ -59,7 +59,9 @@ class SafeBatchProcessor:
         self._config = configure(model, n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
         self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
         self._cells = Cells.of(self._config, Limits(deadline, None), self._reporter, start, spares)
-        self._safe_rungs = SafeRungs(self._cells.decode_client(self._config), self._reporter)
+        self._safe_rungs = SafeRungs(
+            self._cells.decode_client(self._config, "SafeBatchProcessor"), self._reporter
+        )
 
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
         """Decode each sequence from empty memory; a sequence that crashes alone fails alone.
@@ -84,6 +86,7 @@ class SafeBatchProcessor:
 
     def close(self) -> None:
         """End the cell and finish the reports."""
+        self._cells.stop()  # before its cells are reaped, which it might not answer
         self._safe_rungs.client.close()
         self._reporter.close()
         self._cells.close()  # last: it reaps those that are being examined

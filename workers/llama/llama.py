@@ -146,7 +146,8 @@ class Llama(Facts, Completions):
         limits = Limits(deadline, memory_limit)
         path = Path(model_path).absolute()
         _check_model(path)
-        config = LlamaConfig(str(path), self._parameters, lookup)
+        lora = {"lora_path": str(Path(lora_path).absolute())} if lora_path else {}  # as the model's
+        config = LlamaConfig(str(path), self._parameters | lora, lookup)
         reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
         cells = Cells.of(config, limits, reporter, start, spares, "llama")
         self._session = Session(config, cells, spares)
@@ -373,7 +374,7 @@ def _check_model(path: Path) -> None:
     try:
         check_file(path)
     except ModelError as error:
-        if path.exists():
+        if not isinstance(error.__cause__, FileNotFoundError):
             raise
         problem = str(error).partition(": ")[2]
         raise ModelError(str(path), f"Model path does not exist: {path}; {problem}") from error

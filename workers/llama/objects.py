@@ -6,16 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from crumplezone.errors import InputError, UsageError
 from crumplezone.workers.protocol.llama import Grammar
-
-if TYPE_CHECKING:
-    pass
 
 Ids = npt.NDArray[np.intc]
 Logits = npt.NDArray[np.single]

@@ -44,19 +44,26 @@ def check_file(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise ModelError(ascii(str(path)), "has a name that is not UTF-8; rename it") from None
-    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
-        raise ModelError(str(path), "is not a regular file; give the path of a .gguf file")
     try:
-        with path.open("rb") as file:
-            head = file.read(_HEADER)
+        odd = path.exists() and not path.is_file()  # opening a FIFO would wait for ever
+        head = b"" if odd else _head(path)
     except OSError as error:
         raise ModelError(str(path), f"cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:  # it holds a NUL
+        raise ModelError(ascii(str(path)), f"is no path ({error}); check it") from error
+    if odd:
+        raise ModelError(str(path), "is not a regular file; give the path of a .gguf file")
     if not head:
         raise ModelError(str(path), "is empty; download it again")
     if head[:4] != _MAGIC:
         raise ModelError(str(path), f"is not GGUF: it starts with {head[:4]!r}, not {_MAGIC!r}")
     if len(head) < _HEADER:
         raise ModelError(str(path), f"is cut short: {len(head)} bytes, a GGUF header has {_HEADER}")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEADER)
 
 
 def describe(path: str, description: str) -> ModelRecord:

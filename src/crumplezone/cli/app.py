@@ -1,7 +1,7 @@
 """``crumplezone``: the commands, and the only place where errors become exit codes.
 
-Exit codes: 0 done; 1 some prompts failed (their errors are in the output); 2 bad usage or bad input;
-3 the model could not be loaded, or this machine refused something; 130 interrupted.
+Exit codes: 0 done; 1 done, and something failed (of `run`: some prompts, whose errors are in the output);
+2 bad usage or bad input; 3 the model could not be loaded, or this machine refused something; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Run llama.cpp where its crashes cannot reach you, and look at the ones that happened.",
-    epilog="Exit codes: 0 done; 1 some prompts failed (see the output file); 2 bad usage or input; "
+    epilog="Exit codes: 0 done; 1 done, and something failed (of `run`: some prompts); 2 bad usage or input; "
     "3 the model did not load or the machine refused; 130 interrupted.",
 )
 app.add_typer(triage.app, name="triage")
@@ -158,7 +158,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, handlers=[handler])
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        _command_line()()
+        _command_line()(prog_name="crumplezone")
     except (InputError, ReportError) as error:
         stderr.print(f"crumplezone: {printable(str(error))}", markup=False, style="bold red")
         sys.exit(USAGE)

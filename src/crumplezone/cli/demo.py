@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from crumplezone.cli.output import is_quiet
+from crumplezone.cli.output import is_quiet, to_type
 from crumplezone.reports.formats import text
 from crumplezone.reports.printable import printable
 from crumplezone.reports.store.store import Store
@@ -58,8 +58,8 @@ def show(model: Path | None, reports: Path | None) -> None:
         console.print(Panel(Text(summary), title="What happened", border_style="red"))
         console.print(f"Report: {report}", markup=False, soft_wrap=True)
         if not is_quiet():
-            read = f"Read it with: crumplezone triage show {directory.name}"
-            console.print(read, markup=False, soft_wrap=True)
+            read = to_type(f"triage show {directory.name}", reports)
+            console.print(f"Read it with: {read}", markup=False, soft_wrap=True)
 
 
 def _generate(console: Console, decoder: Decoder) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,6 +59,16 @@ def hint(text: str) -> None:
     """Say on stderr what is neither a result nor an error. It must be safe to print."""
     if not _quiet:
         typer.echo(text, err=True)
+
+
+def to_type(command: str, reports: Path | None) -> str:
+    """A command of this program as its user has to type it, about the store that this one was given."""
+    program = "crumplezone"
+    if not shutil.which(program):  # not on PATH: as this one was started
+        own = Path(sys.argv[0])
+        program = f"{sys.executable} -m {program}" if own.stem == "__main__" else str(own)
+    store = f" --reports {shlex.quote(str(reports))}" if reports else ""
+    return f"{program} {command}{store}"
 
 
 def open_store(reports: Path | None) -> Store:

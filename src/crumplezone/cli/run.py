@@ -89,7 +89,7 @@ def _prompt(line: bytes, number: int, *, is_json: bool) -> str:
             field, line[:80].decode("utf-8", "replace"), f"must be {wanted} ({error})"
         ) from error
     if not prompt.strip():
-        raise InputError(field, prompt, "must hold a prompt of at least one character")
+        raise InputError(field, prompt, "must hold a prompt of at least one character; else remove it")
     return prompt
 
 

@@ -56,7 +56,7 @@ def all_structs() -> list[type[msgspec.Struct]]:
 @pytest.mark.parametrize("kind", all_structs(), ids=lambda kind: kind.__name__)
 def test_every_field_of_the_schema_has_a_rule(kind: type[msgspec.Struct]) -> None:
     hints = typing.get_type_hints(kind)
-    assert set(RULES[kind]) == set(hints), "decide in reports/redact.py what may be shown of a new field"
+    assert set(RULES[kind]) == set(hints), "decide in redact.py what may be shown of a new field"
     for name, hint in hints.items():
         assert any(structs(hint)) == (RULES[kind][name] == "structs"), name
 

@@ -21,7 +21,7 @@ from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells import zygote
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.sandbox.child import fork_server as nursery
+from crumplezone.sandbox.child import fork_server
 from tests.support.decoders import descriptors, kill, opened_since, wait_for_end
 from tests.support.native import liars
 from tests.support.processes.constrained import STRANGER
@@ -255,7 +255,7 @@ def lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     file = tmp_path / "lie"
     file.touch()
     monkeypatch.setenv(liars.VARIABLE, str(file))
-    monkeypatch.setattr(nursery, "TARGET", "tests.support.native.liars:Changeling")
+    monkeypatch.setattr(fork_server, "TARGET", "tests.support.native.liars:Changeling")
     return file
 
 

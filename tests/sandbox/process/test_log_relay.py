@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from crumplezone.sandbox.process.log_relay import LogRelay
-from tests.support.decoders import descriptors, opened_since
+from tests.support.decoders import descriptors, forks_with_threads, opened_since
 
 FORK = multiprocessing.get_context("fork")
 
@@ -56,7 +56,8 @@ def relayed(handler: logging.Handler, do: Callable[[LogRelay], object]) -> int |
         do(relay)
 
     fork = FORK.Process(target=serve)
-    fork.start()
+    with forks_with_threads():
+        fork.start()
     relay.leave_sending()
     fork.join()
     relay.close()
@@ -161,7 +162,8 @@ def test_it_is_closed_before_the_fork_ends(kept: Kept) -> None:
         signal.pause()
 
     fork = FORK.Process(target=serve)
-    fork.start()
+    with forks_with_threads():
+        fork.start()
     told.recv()
     relay.close()
     assert [record.msg for record in kept.records] == ["once"]

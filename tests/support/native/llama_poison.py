@@ -12,7 +12,6 @@ import msgspec
 
 from crumplezone.sandbox.child.loop import Room
 from crumplezone.workers.native.llama.cell import LlamaCell
-from crumplezone.workers.protocol.llama import Request, Restore
 
 TARGET = "tests.support.native.llama_poison:PoisonCell"
 VARIABLE = "CRUMPLEZONE_TEST_LLAMA_POISON"
@@ -24,7 +23,7 @@ class Poison(msgspec.Struct, frozen=True):
     min_tokens: int = 1  # only with so many tokens in one native call
     at: int = 0  # only from this position on
     once: str = ""  # a file that the first death makes; there is no second one
-    how: str = "segv"  # segv or hang; restore: when it is given a saved state
+    how: str = "segv"  # segv or hang; restore: when it loads a saved state
 
 
 class PoisonCell(LlamaCell):
@@ -50,12 +49,12 @@ class PoisonCell(LlamaCell):
             decode(batch)
 
         context.decode = dosed
+        if dose.how == "restore":
+            vars(self._llama)["_load"] = self._crash
 
-    def handle(self, request: Request) -> msgspec.Struct:
-        dose = msgspec.json.decode(os.environ[VARIABLE], type=Poison)
-        if isinstance(request, Restore) and dose.how == "restore" and self._first(dose):
-            ctypes.memset(0x18, 1, 1)
-        return super().handle(request)
+    def _crash(self, state: bytes, n_tokens: int) -> bool:  # noqa: ARG002 - that of `_load`
+        ctypes.memset(0x18, 1, 1)
+        return True
 
     def _first(self, dose: Poison) -> bool:
         if not dose.once:

@@ -7,6 +7,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from crumplezone import Batch, Result, Rung, SafeBatchProcessor
 from crumplezone.errors import BatchError, SequenceError
 from crumplezone.reports.records.report import Exit, Outcome
 from crumplezone.reports.store.store import Store
-from tests.support.decoders import Dose, Open, assert_equal_logits, crashed_stack, reports_of, sequences
+from tests.support.decoders import Dose, Open, assert_equal_logits, crashed_stack, kill, reports_of, sequences
 from tests.support.native.decode_poison import Poison
 
 # --- llama.cpp's own crashes
@@ -169,6 +170,23 @@ def test_a_crash_in_a_safe_processor(tiny: Path, store: Store, dose: Dose) -> No
     assert list(result.errors) == [1]
     assert result.rung(0) == Rung.SAFE
     assert [store.read(row.id).rung for row in store.rows()] == ["token", "safe"]
+
+
+@pytest.mark.parametrize(("start", "spares"), [("zygote", 1), ("zygote", 0), ("spawn", 1), ("spawn", None)])
+def test_the_cells_of_a_safe_processor(tiny: Path, store: Store, start: str, spares: int | None) -> None:
+    batch = Batch.of([[4, 5], [7]])
+    options: dict[str, Any] = {"start": start, "spares": spares}
+    with SafeBatchProcessor(tiny, n_ctx=64, n_threads=1, reports=store.directory, **options) as safe:
+        first = safe.decode(batch)
+        client = safe._safe_rungs.client
+        assert client.wait_for_spares(30)
+        before, warm = client.pid, client.spare_pids
+        assert len(warm) == (spares or 0)
+        kill(before)
+        assert_equal_logits(safe.decode(batch), first)
+        assert not warm or client.pid in warm
+        assert client.pid != before
+    assert "this SafeBatchProcessor is closed" in str(safe.decode(batch).errors[0])
 
 
 # --- many jobs

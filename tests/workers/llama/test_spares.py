@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from crumplezone import Llama
-from crumplezone.errors import InputError, ModelError
+from crumplezone.errors import ContextError, InputError, ModelError
 from crumplezone.reports.records.report import Exit, Phase
 from crumplezone.reports.store.store import Store
 from crumplezone.workers.llama.calls import checkpoint, session
@@ -79,7 +79,8 @@ def test_what_would_be_dear_is_made_for_who_asks(
         monkeypatch.setattr(session, "_SPARE_MAX", 2**20)
     with caplog.at_level(logging.INFO, "crumplezone"):
         llama = open_llama(**options)
-    assert not llama._session.wait_for_spares(0) or llama.processes["spares"] == []
+    assert llama._session.wait_for_spares(0)  # for none
+    assert llama.processes["spares"] == []
     (told,) = [record.message for record in caplog.records if "no spare cell" in record.message]
     assert "spares=1" in told
     assert ("logits_all" if why == "logits_all" else "MiB") in told
@@ -120,6 +121,37 @@ def test_a_saved_state_takes_the_place_of_the_prompt(open_llama: OpenLlama, opti
 
 
 @pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("mode", [1, 2])
+def test_noise_that_depends_on_all_before_it_does_without_a_state(open_llama: OpenLlama, mode: int) -> None:
+    llama = open_llama()
+    options = {"temperature": 1.0, "seed": 2, "mirostat_mode": mode, "max_tokens": 40}
+    undisturbed = stream(llama, **options)
+    assert stream(llama, 20, **options) == undisturbed
+    assert "restore" not in {each.name for each in phases(llama)}
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("temp", [0.0, 0.8])
+def test_a_generation_behind_a_history_goes_on(open_llama: OpenLlama, temp: float) -> None:
+    llama = open_llama()
+    tokens = llama.tokenize(LONG.encode())
+
+    def drawn(killed_at: int) -> list[int]:
+        llama.reset()
+        llama.set_seed(3)
+        llama.eval(tokens)
+        generation, found = llama.generate([28], reset=False, temp=temp), []
+        for i in range(16):
+            found.append(next(generation))
+            if i == killed_at:
+                kill(llama.pid)
+        generation.close()
+        return found
+
+    assert drawn(9) == drawn(-1)
+
+
+@pytest.mark.usefixtures("often")
 def test_a_history_is_restored_too(open_llama: OpenLlama) -> None:
     llama = open_llama()
     stream(llama)
@@ -144,6 +176,55 @@ def test_a_state_that_crashes_its_cell_is_done_without(
     assert [report.evidence.exit for report in read_all(store)] == [Exit.KILLED, Exit.SIGNAL]
 
 
+@pytest.mark.usefixtures("often")
+def test_so_is_one_behind_a_history(
+    open_llama: OpenLlama, dose: Callable[[Poison], None], store: Store
+) -> None:
+    dose(Poison(how="restore"))
+    llama = open_llama()
+    text = stream(llama)
+    kill(llama.pid)  # between two calls: the next one begins in a new cell, and its prompt with the state
+    more: Any = llama(LONG + text + " And", max_tokens=4, temperature=0.0)
+    assert more["choices"][0]["finish_reason"] == "length"
+    assert more["crumplezone"]["recovered"] == 1
+    llama.flush_reports()
+    assert [report.evidence.exit for report in read_all(store)] == [Exit.KILLED, Exit.SIGNAL]
+
+
+@pytest.mark.parametrize("start", ["zygote", "spawn"])
+def test_the_constructor_has_what_the_original_has(
+    open_llama: OpenLlama, start: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Which opens and closes descriptors of its own, and asks a model without layers for nothing."""
+    assert open_llama(start=start, vocab_only=True).tokenize(b"The sea")
+    assert open_llama(start=start, numa=True, verbose=False)("The sea", max_tokens=2)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_context_that_cannot_be_is_no_fault_of_the_file(open_llama: OpenLlama) -> None:
+    with pytest.raises(ContextError, match="quantized V cache") as caught:
+        open_llama(type_v=8, flash_attn=False)
+    assert isinstance(caught.value, ValueError)
+
+
+class Memory:
+    """A cell that answers with a state, or cannot be asked."""
+
+    def __init__(self, state: bytes | Exception) -> None:
+        self._state = state
+
+    def save(self, _: int, most: int = 0) -> bytes:
+        assert most > 2**20
+        if isinstance(self._state, Exception):
+            raise self._state
+        return self._state
+
+    def restore(self, state: bytes) -> None:
+        assert state == b"state"
+        if isinstance(self._state, Exception):
+            raise self._state
+
+
 def test_rare_states_cost_nothing_that_shows() -> None:
     kept = checkpoint.Checkpoint()
     assert not kept.due
@@ -151,14 +232,27 @@ def test_rare_states_cost_nothing_that_shows() -> None:
         pass
     assert not kept.due
     assert not kept.serves([1] * 99)
-    kept.make([1] * 20, lambda: b"state")
+    kept.make([1] * 20, Memory(b"state"))
     assert kept.serves([1] * 30)
     assert kept.serves([1] * 16 + [2])
     assert not kept.serves([1] * 15 + [2])
-    kept.make([2] * 20, lambda: b"")  # too large to be kept
+    kept.make([2] * 20, Memory(b""))  # too large to be kept
+    kept.make([2] * 20, Memory(OSError("no memory")))
     assert kept.serves([1] * 30)
+    assert kept.give(Memory(b"")) == [1] * 20
+    assert kept.give(Memory(MemoryError())) == []
     kept.drop()
     assert not kept.serves([1] * 30)
+
+
+def test_a_stopped_zygote_does_not_hold_close(open_llama: OpenLlama, store: Store) -> None:
+    llama = open_llama()
+    assert llama._session.wait_for_spares(30)
+    (zygote,) = llama.processes["zygote"]
+    os.kill(zygote, signal.SIGSTOP)
+    llama.close()
+    assert not psutil.pid_exists(zygote)
+    assert read_all(store) == []  # else it waited for an answer, and called it hung
 
 
 def test_a_zygote_that_is_killed_is_not_missed(open_llama: OpenLlama) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
+from crumplezone.errors import CellRefused
 from crumplezone.workers.protocol.llama import common_prefix
 
 _SHARE = 0.02  # of the time that cells compute, states take
@@ -13,6 +16,19 @@ _FIRST = 0.5  # seconds of computing that a state has to save at least
 _WORTH = 16  # tokens; fewer are computed again
 _BYTES_MAX = 2**28  # of a state: a larger one is not kept, as it would be copied into this process
 _OF_LIMIT = 16  # nor one of more than this part of what a cell may take: it crosses its arena
+
+
+_log = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """A client of a cell that has a memory of one sequence."""
+
+    def save(self, seq_id: int, most: int = ...) -> bytes:
+        """The state of a sequence; nothing if it is larger."""
+
+    def restore(self, state: bytes) -> None:
+        """Have the next call begin with a state."""
 
 
 class Checkpoint:
@@ -48,10 +64,17 @@ class Checkpoint:
         """Whether enough was computed since the latest that another one is worth its time."""
         return self._computed > max(_FIRST, self._cost / _SHARE)
 
-    def make(self, tokens: Sequence[int], save: Callable[[], bytes]) -> None:
-        """Have a state saved, of these tokens."""
-        start = time.perf_counter()
-        state = save()
+    def make(self, tokens: Sequence[int], client: Stateful) -> None:
+        """Have the state of these tokens saved, if that can be; its cell may die of it.
+
+        Raises:
+            CellDied: The cell was lost.
+        """
+        start, state = time.perf_counter(), b""
+        try:
+            state = client.save(0, self.bytes_max)
+        except (CellRefused, MemoryError, OSError) as error:
+            _log.debug("no state was saved: %s", error)
         self._cost, self._computed = time.perf_counter() - start, 0.0
         if state:
             self.tokens, self.state = list(tokens), state
@@ -59,6 +82,19 @@ class Checkpoint:
     def serves(self, tokens: Sequence[int]) -> bool:
         """Whether a cell that is to compute these tokens had better begin with it."""
         return bool(self.state) and common_prefix(self.tokens, tokens) >= _WORTH
+
+    def give(self, client: Stateful) -> list[int]:
+        """Have a new cell begin with it; the tokens of what it was given.
+
+        Raises:
+            CellDied: The cell was lost.
+        """
+        try:
+            client.restore(self.state)
+        except (CellRefused, MemoryError, OSError) as error:
+            _log.debug("a cell begins without the saved state: %s", error)
+            return []
+        return self.tokens
 
     def drop(self) -> None:
         """Do without: a cell died that began with it."""

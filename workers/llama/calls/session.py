@@ -76,9 +76,10 @@ class Session:
             why = "logits_all keeps a row of logits for each token of the context"
         else:
             seed = self._cautious.seed_info(LlamaSeedInfo)
-            if seed is None or seed.context_bytes <= _SPARE_MAX:
+            if seed and seed.context_bytes < _SPARE_MAX:
                 return self._cells.spares
-            why = f"its context would take another {seed.context_bytes >> 20} MiB"
+            size = f"its context would take another {seed.context_bytes >> 20} MiB" if seed else ""
+            why = size or "this llama.cpp cannot be forked, so each cell loads the model"
         _log.info("no spare cell is kept for this Llama: %s. Llama(..., spares=1) keeps one", why)
         return 0
 
@@ -164,6 +165,7 @@ class Session:
             if not self._closed:
                 self._closed = True
                 self._lock.close()
+                self._cells.stop()  # before its cells are reaped, which it might not answer
                 self._native.close()
                 self._cautious.close()
                 self.reporter.close()
@@ -185,6 +187,7 @@ class Session:
 
     def _called(self, task: Task, kind: Decode) -> Any:
         raw = self._invoke(task)
+        task.restored = False
         return task.told(self._client.decode(kind, raw))
 
     def _queried(self, task: Task, kind: Decode) -> Any:
@@ -204,9 +207,9 @@ class Session:
         known = client.synced and not again
         saved: list[int] = []
         if not known and self._checkpoint.serves(reached or task.tokens):
-            client.restore(self._checkpoint.state)
-            saved = self._checkpoint.tokens
-        client.synced, client.current, task.restored = False, task, bool(saved)
+            task.restored = True  # until it got further: a death on the way may be that of the state
+            saved = self._checkpoint.give(client)
+        client.synced, client.current = False, task
         call = task.call(known=known, saved=saved)
         return self._exchanged(task, lambda answer: client.invoke(call, answer))[0]
 
@@ -223,10 +226,8 @@ class Session:
             self._invoke(task)
             for earlier in task.sent:  # the caller has had these items
                 self._next(task, earlier)
-        elif self._checkpoint.due and self._llama.restorable:
-            self._checkpoint.make(
-                self.snapshot.tokens, lambda: self._client.save(0, self._checkpoint.bytes_max)
-            )
+        elif self._checkpoint.due and self._llama.restorable and not self.info.cell.recurrent:
+            self._checkpoint.make(self.snapshot.tokens, client)
         value, end = self._next(task, sent)
         if end:
             return _END
@@ -234,7 +235,9 @@ class Session:
         return task.told(self._client.decode(kind, value))
 
     def _next(self, task: Task, sent: list[int] | None) -> tuple[bytes, bool]:
-        return self._exchanged(task, lambda answer: self._client.next(sent, answer))
+        found = self._exchanged(task, lambda answer: self._client.next(sent, answer))
+        task.restored = False
+        return found
 
     def _exchanged(self, task: Task, ask: Callable[[Callable[..., Any]], Output]) -> tuple[bytes, bool]:
         """The value of an exchange, and whether it was the last; what it has changed is noted."""
@@ -251,7 +254,7 @@ class Session:
             raise client.lie(problem or "holds more tokens than it told of")
         del task.tokens[output.n_tokens :]
         self.snapshot.tokens, self.snapshot.seed = list(task.tokens), output.seed
-        client.synced, task.restored = True, False
+        client.synced = True
         return value, output.end
 
     # Crashes.
@@ -290,6 +293,7 @@ class Session:
         self._client.forget()
         if task.restored:
             self._checkpoint.drop()
+            task.restored = False
         again, path = task.lost(), tried.report
         assert path is not None
         task.reports.append(path)

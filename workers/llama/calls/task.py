@@ -38,7 +38,7 @@ class Task:
     """A call.
 
     Attributes:
-        method: Its name in `crumplezone.workers.native.llama_cell`.
+        method: Its name in `crumplezone.workers.native.llama.cell`.
         args: Keyword arguments.
         grammar: One of them, apart because it travels as a value of its own.
         processors: The caller's logits processors.

@@ -15,7 +15,7 @@ from crumplezone.sandbox.child.loop import Room
 from crumplezone.workers.native import memory as native_memory
 from crumplezone.workers.native.llama.replay import GrammarError, ReplayableLlama
 from crumplezone.workers.native.llama.seed import LlamaSeed
-from crumplezone.workers.native.model import LoadError, NativeLogs, describe
+from crumplezone.workers.native.model import ContextError, LoadError, NativeLogs, describe
 from crumplezone.workers.protocol.llama import (
     INLINE_MAX,
     Fetch,
@@ -78,7 +78,8 @@ class LlamaCell:
             try:
                 self._llama = ReplayableLlama(wanted, room, native_logs, model)
             except ValueError as error:
-                raise LoadError(native_logs.last_error or str(error)) from error
+                kind = ContextError if "llama_context" in str(error) else LoadError
+                raise kind(native_logs.last_error or str(error)) from error
         if self._llama.lora_path and not self._llama._lora_adapter:  # noqa: SLF001 - the original misses the NULL
             raise LoadError(f"LoRA {self._llama.lora_path}: {native_logs.last_error or 'refused'}")
         self._encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode

@@ -6,6 +6,7 @@ Facts are those of llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import uuid
 from collections import deque
@@ -13,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import llama_cpp._utils
 import llama_cpp.llama
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import msgspec
@@ -37,9 +39,22 @@ from crumplezone.workers.protocol.llama import (
     question_shapes,
 )
 
+_ROWS = 32  # of logits at once: llama.cpp keeps room for the most that were ever asked for
+utils: Any = llama_cpp._utils  # noqa: SLF001 - there is no other name
+
 
 class GrammarError(Exception):
     """A grammar that llama.cpp does not accept. The original adds NULL to the chain and crashes."""
+
+
+_stale: list[Any] = []  # never collected: they would close descriptors of others
+
+
+def _reopen_null() -> None:
+    """Where the original's output goes that it suppresses: the fork has closed what the zygote had."""
+    _stale.extend((utils.outnull_file, utils.errnull_file))
+    utils.outnull_file = open(os.devnull, "w")  # noqa: SIM115 - as the original has it
+    utils.errnull_file = open(os.devnull, "w")  # noqa: SIM115 - likewise
 
 
 class _Identity:
@@ -71,11 +86,14 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         self._abandoned: AbandonedError | None = None
         self._saved: tuple[list[int], bytes] = [], b""
         self._ahead: list[int] = []  # what the memory holds, be n_tokens less
-        self._greedy = False
+        self._greedy = self._mirostat = False  # of the sampler of the running call
+        self._sampler_made = False  # before, what is evaluated is history
         self._passed = 0  # forced tokens over which the sampler was moved
         parameters = dict(config.parameters)
         if config.lookup:
             parameters["draft_model"] = LlamaPromptLookupDecoding(*config.lookup)
+        if model:
+            _reopen_null()
         with loading_by(lambda **_: model) if model else nullcontext():
             super().__init__(**parameters | {"model_path": config.model})
         self.model_path = parameters["model_path"]
@@ -83,7 +101,8 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
     def begin(self, job: LlamaCall, saved: bytes = b"") -> None:
         """Stand as the supervisor's `Llama` stands. ``saved``: a state of ``job.saved``."""
         self._saved, self._ahead = (job.saved, saved), []
-        self._greedy, self._passed = False, 0
+        self._greedy = self._mirostat = self._sampler_made = False
+        self._passed = 0
         self._job, self._history = job, job.history
         if job.history is not None:
             super().reset()
@@ -111,11 +130,13 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         if self._generation < len(self._job.forced):
             self._forced = deque(self._job.forced[self._generation])
         if not kwargs.get("reset", True):
-            self.catch_up()
+            self.catch_up(logits=False)
         yield from super().generate(tokens, *args, **kwargs)
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler_made = True
         self._greedy = kwargs.get("temp") == 0.0
+        self._mirostat = bool(kwargs.get("mirostat_mode")) and not self._greedy
         if kwargs.get("grammar") is not None:
             self._compile(kwargs["grammar"])
         return super()._init_sampler(*args, **kwargs)
@@ -136,7 +157,7 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         super().reset()
 
     def eval(self, tokens: Sequence[int]) -> None:  # noqa: D102 - the original's
-        self.catch_up()
+        self.catch_up(logits=not tokens)
         held = self._held(tokens)
         if held:
             self.journal.evaluating(self.n_tokens, tokens[:held])
@@ -154,7 +175,7 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
 
     def _held(self, tokens: Sequence[int]) -> int:
         """How many of these tokens the memory holds already, by a state of before a crash."""
-        if self._saved[1]:
+        if self._saved[1] and self._sampler_made:
             self._ahead = self._restored(tokens)
             self._saved = [], b""
         ahead = self._ahead[self.n_tokens :]
@@ -179,7 +200,10 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         if (self._is_recurrent or self._is_hybrid) and (usable < len(known) or begin < usable):
             return []  # such a memory cannot be cut
         if begin < usable:
-            self._draw_again(state, begin, wanted[begin:usable])
+            if self._mirostat:  # whose noise depends on the very digits of all logits before
+                return []
+            if not self._draw_again(state, begin, wanted[begin:usable]):
+                return []
         return known[:usable] if self._load(state, usable) else []
 
     def _load(self, state: bytes, n_tokens: int) -> bool:
@@ -188,32 +212,48 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
             done = native_memory.load(self._ctx.ctx, memory, 0, np.frombuffer(state, np.uint8))
             return done and bool(C.llama_memory_seq_rm(memory, 0, n_tokens, -1))
 
-    def _draw_again(self, state: bytes, begin: int, behind: list[int]) -> None:
+    def _draw_again(self, state: bytes, begin: int, behind: list[int]) -> bool:
         """Move the sampler as it moved when it drew a token behind each of these.
 
         Noise wants their logits, which some large native calls give as well. What these leave in the memory
-        is rounded otherwise than it was, so the state has to be loaded behind them.
+        is rounded otherwise than it was, so the state has to be loaded behind them. False if that cannot be.
         """
+        if self._greedy:
+            for token in list(self._forced)[: len(behind)]:
+                self._sampler.accept(token)
+        elif not self._load(state, begin):
+            return False
         self._passed = len(behind)
         if self._greedy:
-            for token in list(self._forced)[: self._passed]:
-                self._sampler.accept(token)
-            return
-        self._load(state, begin)
-        for i in range(0, len(behind), self.n_batch):
-            piece = behind[i : i + self.n_batch]
+            return True
+        size = min(_ROWS, self.n_batch)
+        for i in range(0, len(behind), size):
+            piece = behind[i : i + size]
             self._batch.set_batch(batch=piece, n_past=begin + i, logits_all=True)
             with self._room.recorder.phase("decode", len(piece)):
                 self._ctx.decode(self._batch)
             for row in range(len(piece)):
                 self._again(self._forced[i + row], row)
             self.journal.breathe()
+        return True
 
-    def catch_up(self) -> None:
-        """Evaluate what another cell had evaluated."""
+    def catch_up(self, *, logits: bool = True) -> None:
+        """Evaluate what another cell had evaluated; ``logits``: those of its last token are needed."""
         history, self._history = self._history, None
-        if history:
+        if history and (logits or not self._took(history)):
             self.eval(history)
+
+    def _took(self, history: list[int]) -> bool:
+        """Whether all of it was in the saved state. Behind a part, the rest would be rounded otherwise."""
+        known, state = self._saved
+        n_tokens = len(history)
+        cut = len(known) > n_tokens and (self._is_recurrent or self._is_hybrid)
+        if not state or cut or common_prefix(known, history) < n_tokens or not self._load(state, n_tokens):
+            return False
+        self.journal.evaluating(0, history)
+        self.input_ids[:n_tokens] = history
+        self.n_tokens, self._saved = n_tokens, ([], b"")
+        return True
 
     def embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002, D102 - the original's
         return super().embed(input if isinstance(input, str) else self._breathing(input), *args, **kwargs)
@@ -260,7 +300,8 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         except AbandonedError as error:
             self._abandoned = error
             return logits
-        return self._room.arena.arrays(question_shapes(self._n_vocab, 0))[0]
+        answered, _ = self._room.arena.arrays(question_shapes(self._n_vocab, 0))
+        return answered
 
     def judge(self, input_ids: npt.NDArray[np.intc], logits: npt.NDArray[np.single]) -> bool:
         """Stopping criteria. They let every token of the replay pass; of the last one that is not certain."""
@@ -271,8 +312,8 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         return msgspec.msgpack.decode(answer, type=Judged).stop
 
     def _put(self, logits: npt.NDArray[np.single], input_ids: npt.NDArray[np.intc]) -> None:
-        into = self._room.arena.arrays(question_shapes(self._n_vocab, len(input_ids)))
-        into[0][:], into[1][:] = logits, input_ids
+        into, ids = self._room.arena.arrays(question_shapes(self._n_vocab, len(input_ids)))
+        into[:], ids[:] = logits, input_ids
 
     # What the supervisor calls and the original has under no name.
 
@@ -280,7 +321,8 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         """Decode a token and forget it, see `Warm`."""
         memory = C.llama_get_memory(self._ctx.ctx)
         if memory and not (self.context_params.embeddings or C.llama_model_has_encoder(self.model)):
-            C.llama_decode(self._ctx.ctx, BatchPacker().pack(batch_arrays(1), 0, 1))
+            one = batch_arrays(1)  # the struct points into it
+            C.llama_decode(self._ctx.ctx, BatchPacker().pack(one, 0, 1))
             C.llama_memory_clear(memory, False)
 
     def scores_bytes(self) -> bytes:

@@ -46,6 +46,7 @@ class LlamaSeed:
     """What a zygote has: a ``llama_cpp._internals.LlamaModel``, loaded as the original's constructor does."""
 
     model: Any
+    native_logs: NativeLogs  # llama.cpp calls back into it as long as this process lives
     described: LlamaSeedInfo
 
     def info(self) -> LlamaSeedInfo:
@@ -78,11 +79,12 @@ def preload(config: msgspec.Raw, room: Room) -> LlamaSeed:
             model = done.model
         except ValueError as error:
             raise LoadError(native_logs.last_error or str(error)) from error
-    return LlamaSeed(model, LlamaSeedInfo(_context_bytes(model.model, wanted.parameters["n_ctx"])))
+    size = 0 if wanted.parameters["vocab_only"] else _context_bytes(model.model, wanted.parameters["n_ctx"])
+    return LlamaSeed(model, native_logs, LlamaSeedInfo(size))
 
 
 def _context_bytes(model: Any, n_ctx: int) -> int:
-    """Keys and values in float16, two bytes each (llama_kv_cache)."""
+    """Keys and values in float16, two bytes each (llama_kv_cache). Without layers, llama.cpp aborts."""
     n_head = max(int(C.llama_model_n_head(model)), 1)
     width = int(C.llama_model_n_embd(model)) * int(C.llama_model_n_head_kv(model)) // n_head
     tokens = n_ctx or int(C.llama_model_n_ctx_train(model))

@@ -24,6 +24,7 @@ from crumplezone.cli.output import (
     plural,
     print_json,
     read_report,
+    to_type,
     write_out,
 )
 from crumplezone.errors import CrumplezoneError, InputError, NotShownError
@@ -107,7 +108,7 @@ def minimise(
         facts = {name: getattr(found, name) for name in ("steps", "complete", "tests", "crashed", "measured")}
         print_json({"minimal": minimal, "interrupted": interrupted, **facts})
     else:
-        _print_minimised(report, found, minimal)
+        _print_minimised(report, found, minimal, reports)
     if not found.complete:
         why = "interrupted" if interrupted else f"all {plural(tests, 'test')} are used up"
         kept = "the best so far is kept in the report" if minimal else "nothing smaller was found yet"
@@ -211,14 +212,14 @@ def _minimal(found: Minimised) -> Minimal | None:
     return Minimal(batch, found.report.context, dt.datetime.now(dt.UTC).isoformat(), found.tests)
 
 
-def _print_minimised(report: Report, found: Minimised, minimal: Minimal | None) -> None:
+def _print_minimised(report: Report, found: Minimised, minimal: Minimal | None, reports: Path | None) -> None:
     typer.echo(f"measured: crashed {found.crashed} of {found.measured}")
     for step in found.steps:
         typer.echo(printable(step))
     if minimal:
         typer.echo(printable(f"minimal: {_shape(minimal.batch)}, after {plural(found.tests, 'test')}"))
         if not is_quiet():
-            typer.echo(printable(f"next: crumplezone triage script {report.id}"))
+            typer.echo(printable(f"next: {to_type(f'triage script {report.id}', reports)}"))
 
 
 def _shape(batch: BatchRecord) -> str:
