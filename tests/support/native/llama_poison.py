@@ -50,7 +50,7 @@ class PoisonCell(LlamaCell):
 
         context.decode = dosed
         if dose.how == "restore":
-            vars(self._llama)["_load"] = self._crash
+            setattr(self._llama, "_load", self._crash)  # noqa: B010 - mypy knows it as a method
 
     def _crash(self, state: bytes, n_tokens: int) -> bool:  # noqa: ARG002 - that of `_load`
         ctypes.memset(0x18, 1, 1)
