@@ -88,7 +88,7 @@ def _side(llama: Llama, kills: tuple[int, ...]) -> Callable[[], tuple[float, flo
 
 def _computed(llama: Llama) -> float:
     """Seconds that the running cell, a new one, was in native code."""
-    cell = llama._session._client.cell  # noqa: SLF001 - what is measured has no public name
+    cell = llama._session.runner.client.cell  # noqa: SLF001 - what is measured has no public name
     assert cell is not None
     phases = cell.arena.flight(time.monotonic_ns())
     return sum(each.took or 0.0 for each in phases if each.name in {"decode", "sample"}) / 1000

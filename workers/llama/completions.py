@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 
 from crumplezone.errors import InputError
-from crumplezone.workers.llama.calls.session import Session, decoded
+from crumplezone.workers.llama.calls.client import decoded
+from crumplezone.workers.llama.calls.session import Session
 from crumplezone.workers.llama.calls.task import Task
 from crumplezone.workers.llama.objects import grammar_of
 

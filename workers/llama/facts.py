@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.workers.llama.calls.session import Session, decoded
+from crumplezone.workers.llama.calls.client import decoded
+from crumplezone.workers.llama.calls.session import Session
 from crumplezone.workers.llama.completions import task_of
 from crumplezone.workers.protocol.config import Token
 from crumplezone.workers.protocol.llama import LlamaInfo, common_prefix

@@ -16,7 +16,8 @@ from crumplezone.errors import CrumplezoneError, InputError, ModelError, UsageEr
 from crumplezone.reports.store.store import default_directory
 from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.incidents.reporter import Reporter
-from crumplezone.workers.llama.calls.session import Session, decoded
+from crumplezone.workers.llama.calls.client import decoded
+from crumplezone.workers.llama.calls.session import Session
 from crumplezone.workers.llama.completions import Completions, Criteria, Processors, task_of
 from crumplezone.workers.llama.facts import Facts
 from crumplezone.workers.llama.objects import LlamaState, capacity_of, lookup_of

@@ -39,7 +39,7 @@ def stream(llama: Llama, *kills: int, **options: Any) -> str:
 
 def phases(llama: Llama) -> list[Phase]:
     """What the running cell did."""
-    cell = llama._session._client.cell
+    cell = llama._session.runner.client.cell
     assert cell is not None
     return cell.arena.flight(time.monotonic_ns())
 

@@ -121,3 +121,8 @@ class LlamaClient(CellClient[LlamaInfo]):
     def _put(self, raw: bytes) -> int:
         self.running().arena.arrays([("u1", len(raw))])[0][:] = np.frombuffer(raw, np.uint8)
         return len(raw)
+
+
+def decoded(kind: Any) -> Decode:
+    """A decoder of values of a cell, checked against a type."""
+    return msgspec.msgpack.Decoder(kind).decode
