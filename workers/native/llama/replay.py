@@ -219,13 +219,13 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
         is rounded otherwise than it was, so the state has to be loaded behind them. False if that cannot be.
         """
         if self._greedy:
-            for token in list(self._forced)[: len(behind)]:
+            self._passed = len(behind)
+            for token in list(self._forced)[: self._passed]:
                 self._sampler.accept(token)
-        elif not self._load(state, begin):
+            return True
+        if not self._load(state, begin):
             return False
         self._passed = len(behind)
-        if self._greedy:
-            return True
         size = min(_ROWS, self.n_batch)
         for i in range(0, len(behind), size):
             piece = behind[i : i + size]
