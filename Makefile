@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 found = $(firstword $(foreach each,$(1) $(wildcard $(PYENV_ROOT)/versions/*/bin/$(1)),\
 	$(shell $(each) -c "" 2>/dev/null && echo $(each))))
 
-.PHONY: run test test-all lint docs bench soak dist test-wheel test-sdist clean
+.PHONY: run test test-all lint docs bench soak storm dist test-wheel test-sdist clean
 
 run: $(VENV)/.installed
 	$(BIN)/crumplezone demo
@@ -43,6 +43,10 @@ bench: $(VENV)/.benched
 soak: $(VENV)/.installed
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/random_batches.py
+
+# Six storms of two minutes: signals to every process of ours, while all kinds of work go on.
+storm: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.storm
 
 # What is published, checked as an index would: dist/.
 dist: $(VENV)/.released

@@ -104,6 +104,10 @@ def _step(death: Death, name: str, remedy: str = "") -> Iterator[list[str]]:
 def begin(death: Death) -> Future[Evidence]:
     """Stop the cell now, and do the rest beside the caller, on a thread; the future always gets evidence."""
     if death.held or death.condemned:
+        death.drain.watched = False  # from here on it is us who stop it
+        if death.condemned:
+            with contextlib.suppress(OSError):  # it has ended
+                death.drain.stopped |= "T" in states(death.process.pid)
         death.process.signal(signal.SIGSTOP)
     death.steps += death.process.refused
     future: Future[Evidence] = Future()
@@ -267,6 +271,8 @@ def _ending(
 ) -> tuple[Exit, str]:
     if death.drain.over_memory and not (death.condemned and death.condemned[0] == Exit.HANG):
         return Exit.OOM, "resident memory went over the cell's limit; killed by the supervisor"
+    if death.drain.stopped and not (death.condemned and death.condemned[0] != Exit.HANG):
+        return Exit.KILLED, "another process had stopped it (SIGSTOP); killed by the supervisor"
     return death.condemned or classify(code, fault, death.phase, kills, death.process.pid)
 
 

@@ -88,7 +88,7 @@ class Cell:
         self._oom_kills = oom_kills()
         self._phase = "start"
         self._process = process = start(spec.env)
-        self._drain = drained(process, spec.memory_limit)
+        self._drain = drained(process, spec.memory_limit, stoppable=False)
         self._finalizer = weakref.finalize(self, abandon, process, self._drain, self._owner)
         self._channel = Channel(process.lines.sock, FromChild)
         self._poller, self._idle = select.poll(), select.poll()

@@ -29,6 +29,7 @@ _STOP_GRACE = 1.0  # seconds for what was logged last
 _UNDELIVERED_MAX = 4096  # log records that wait for a slow handler; what comes then is only counted
 _NAMES_MAX = 256  # logging keeps every logger for ever: a hostile cell must not fill memory with names
 _SAMPLES = 64
+_STOPPED_MAX = 2.0  # seconds that somebody else may have a cell stopped: until it goes on it is of no use
 _PERIOD, _PERIOD_WITH_LIMIT = 0.1, 0.02  # seconds between samples, of some 0.06 ms of processor time each
 _MESSAGE_MAX, _TAIL_MESSAGE_MAX, _NAME_MAX, _PATH_MAX = 8192, 2048, 200, 1024
 
@@ -74,10 +75,25 @@ class Drain:
         process: The cell's process.
         memory_limit: Bytes of resident memory above which the cell is killed, or None.
         stderr: What it says, if somebody else reads that; what comes down its own line is added.
+        stoppable: Whether it may be stopped (SIGSTOP) for as long as somebody likes; else it is killed then.
+
+    Attributes:
+        over_memory: It was killed for its memory.
+        stopped: Somebody else had stopped it.
+        watched: Whether to look for that; the supervisor stops what it examines.
     """
 
-    def __init__(self, process: Process, memory_limit: int | None, stderr: OutputTail | None = None) -> None:
-        self.over_memory = False
+    def __init__(
+        self,
+        process: Process,
+        memory_limit: int | None,
+        stderr: OutputTail | None = None,
+        *,
+        stoppable: bool = True,
+    ) -> None:
+        self.over_memory = self.stopped = False
+        self.watched = not stoppable
+        self._stopped_at = 0.0  # CLOCK_MONOTONIC, seconds; 0: it was not stopped when it was last looked at
         self.peak_rss: int | None = None
         self._stderr = stderr or OutputTail()
         self._logs: deque[str] = deque(maxlen=_LOG_TAIL)
@@ -216,26 +232,36 @@ class Drain:
         try:
             self._usage = usage = self._usage or psutil.Process(self._process.pid)
             with usage.oneshot():
-                rss, times = usage.memory_info().rss, usage.cpu_times()
+                rss, times, state = usage.memory_info().rss, usage.cpu_times(), usage.status()
         except (psutil.Error, OSError):  # it is gone, or there is no descriptor to open /proc with
             return
         if not rss:  # it has ended and waits to be reaped
             return
+        self._look_stopped(stopped=state == psutil.STATUS_STOPPED)
         self._samples.append((time.monotonic_ns(), rss, times.user + times.system))
         self.peak_rss = max(self.peak_rss or 0, rss)
         if self._limit and rss > self._limit and not self.over_memory:
             self.over_memory = True
             self._process.signal(signal.SIGKILL)
 
+    def _look_stopped(self, *, stopped: bool) -> None:
+        now = time.monotonic()
+        self._stopped_at = (self._stopped_at or now) if stopped else 0.0
+        if stopped and self.watched and now - self._stopped_at > _STOPPED_MAX:
+            self.watched, self.stopped = False, True
+            self._process.signal(signal.SIGKILL)
 
-def drained(process: Process, memory_limit: int | None, stderr: OutputTail | None = None) -> Drain:
+
+def drained(
+    process: Process, memory_limit: int | None, stderr: OutputTail | None = None, *, stoppable: bool = True
+) -> Drain:
     """Drain a process that was just started; what raises has ended it.
 
     Raises:
         OSError, RuntimeError, MemoryError: No thread or descriptor could be had.
     """
     try:
-        return Drain(process, memory_limit, stderr)
+        return Drain(process, memory_limit, stderr, stoppable=stoppable)
     except BaseException:
         process.kill()
         process.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,12 +18,15 @@ from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.spares import SparePool
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.cells.targets import TARGETS, Kind
+from crumplezone.workers.incidents.deaths import Starts
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.file import check_file
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.messages import Warm, Warmed
 
 _T = TypeVar("_T", bound=msgspec.Struct)
+_S = TypeVar("_S")
+_ANOTHER = "another process was started in its place"
 
 
 class CellSource:
@@ -90,10 +93,8 @@ class CellSource:
         Raises:
             ModelError, CrumplezoneError, CellDied, UsageError: As `start`.
         """
-        if self._zygote is None:
-            return None
-        with self._translated():
-            return self._zygote.info(kind)
+        zygote = self._zygote
+        return self._started(lambda: zygote.info(kind)) if zygote else None
 
     def start(self) -> Cell:
         """The running cell, where a job begins; a new one if there is none, or if it died while it waited.
@@ -144,12 +145,43 @@ class CellSource:
         return CellSpec(self._target, self.config, memory_limit=self._limits.memory)
 
     def _taken(self) -> Cell:
-        with self._translated():
-            return self._spares.take()
+        return self._started(self._spares.take)
+
+    def _started(self, start: Callable[[], _S]) -> _S:
+        """Start something that needs the model; once more, if what was lost was not lost by loading it."""
+        starts = Starts()
+        while True:
+            try:
+                with self._translated():
+                    return start()
+            except CellDied as died:
+                self._start_lost(died, starts)
+
+    def _start_lost(self, died: CellDied, starts: Starts) -> None:
+        """Raise what a lost start is in the end, or tell of it: there is to be another."""
+        incident = Incident.of(died)
+        evidence = incident.evidence.result()
+        loader = starts.loader(evidence)
+        again = not loader and starts.again(evidence)
+        if self._reporter is None:
+            if again:
+                return
+            raise died
+        doing = "while loading the model" if loader else "while it started"
+        result = "the model could not be loaded" if loader else _ANOTHER if again else "no cell could be had"
+        path = self._reporter.file_lone(incident, doing, result, self.config.context(), None)
+        if again:
+            return
+        self._reporter.flush()
+        what = f"{text.summary(Report('', '', evidence, result=result))} Report: {path}"
+        if loader:
+            raise ModelError(self.config.model, f"llama.cpp died while loading it. {what}", path) from died
+        problem = f"no cell could be started: {starts.lost} in a row were lost before they were ready"
+        raise CrumplezoneError(f"{problem}, not by what they loaded. The last: {what}") from died
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Start something that needs the model."""
+        """Start something; what the start of a cell raises becomes what its caller may know."""
         path = str(self.config.model)
         if self._zygote is None or self._zygote.pid is None:
             check_file(Path(path))  # it may be gone since the last cell
@@ -166,17 +198,6 @@ class CellSource:
         except (OSError, RuntimeError) as error:  # RuntimeError: threading has no thread left
             remedy = "free memory, processes or file descriptors"
             raise CrumplezoneError(f"no cell could be started ({error}): {remedy}") from error
-        except CellDied as died:
-            if self._reporter is None:
-                raise
-            raise self._loader_crashed(died, self._reporter) from died
-
-    def _loader_crashed(self, died: CellDied, reporter: Reporter) -> ModelError:
-        incident, result = Incident.of(died), "the model could not be loaded"
-        path = reporter.file_lone(incident, "while loading the model", result, self.config.context(), None)
-        reporter.flush()
-        what = text.summary(Report("", "", incident.evidence.result(), result=result))
-        return ModelError(self.config.model, f"llama.cpp died while loading it. {what} Report: {path}", path)
 
 
 def report_idle(reporter: Reporter | None, config: Any, incident: Incident) -> None:

@@ -15,6 +15,7 @@ from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.embed.client import EmbedClient
 from crumplezone.workers.embed.packing import plan
 from crumplezone.workers.incidents.attempt import Attempt
+from crumplezone.workers.incidents.deaths import Deaths
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.record import batch_record
@@ -207,15 +208,30 @@ class _EmbedJob:
         kept: Callable[[Sequence[int]], BatchRecord | None],
         case: JobRecord,
     ) -> SequenceError | None:
-        """Do it; what went wrong, said of the first text."""
-        with Attempt(self._reporter, case, self._client, rung, texts, partial(kept, texts)) as tried:
-            self._want_cell()
-            work(texts)
-        if tried.ok:
-            return None
+        """Do it; what went wrong, said of the first text. On the safe rung, again where a cell was killed."""
+        deaths = Deaths()
+        while True:
+            tried = self._tried(rung, texts, work, kept, case)
+            if tried.ok:
+                return None
+            if not (rung is Rung.SAFE and tried.died and deaths.again(tried.died)):
+                break
         if tried.died and rung is Rung.SAFE:
             case.blamed += texts
         return SequenceError(texts[0], tried.problem, tried.report, tried.rc)
+
+    def _tried(
+        self,
+        rung: Rung,
+        texts: list[int],
+        work: Callable[[Sequence[int]], None],
+        kept: Callable[[Sequence[int]], BatchRecord | None],
+        case: JobRecord,
+    ) -> Attempt:
+        with Attempt(self._reporter, case, self._client, rung, texts, partial(kept, texts)) as tried:
+            self._want_cell()
+            work(texts)
+        return tried
 
     def _want_cell(self) -> None:
         """Raise `CrumplezoneError` if no cell can be had. What was refused once is not asked for again."""

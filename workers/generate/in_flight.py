@@ -18,9 +18,10 @@ from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.generate.completion import Completion, failed
 from crumplezone.workers.generate.jobs import PromptJob, deliver, drop, fail
 from crumplezone.workers.incidents.attempt import Attempt
+from crumplezone.workers.incidents.deaths import Deaths
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
-from crumplezone.workers.ladder.rungs import KILLS_MAX, SafeRungs, was_killed
+from crumplezone.workers.ladder.rungs import SafeRungs
 from crumplezone.workers.memory.session import MemorySession
 from crumplezone.workers.protocol.messages import Generated, Join, Progress
 
@@ -174,14 +175,14 @@ class Generation:
         return tokens, n_ctx_seq - len(tokens)
 
     def _tokenized(self, job: PromptJob) -> npt.NDArray[np.int32]:
-        for deaths in range(1 + KILLS_MAX):
+        deaths = Deaths(own=1)  # the first perhaps of something older than this prompt
+        while True:
             try:
                 return self._client.tokenize(job.prompt)
-            except CellDied as died:  # the first perhaps of something older than this prompt
-                if deaths == KILLS_MAX or (deaths and not was_killed(died)):
+            except CellDied as died:
+                if not deaths.again(died):
                     raise
                 self._report_tokenizer(job, died, "the tokenizer was asked again in a new cell")
-        raise AssertionError
 
     def _report_tokenizer(self, job: PromptJob, died: CellDied, result: str) -> str:
         client = self._client

@@ -7,23 +7,16 @@ from functools import partial
 from typing import TypeVar
 
 from crumplezone.errors import CellDied, CrumplezoneError, SequenceError
-from crumplezone.reports.records.report import BatchRecord, Exit, Outcome
-from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.reports.records.report import BatchRecord, Outcome
 from crumplezone.workers.batch.results import Rung, SequenceResult
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.incidents.attempt import Attempt
+from crumplezone.workers.incidents.deaths import KILLS_MAX, was_killed
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.calls import LadderCall
 
-KILLS_MAX = 8  # in a row, for one sequence: what is killed that often will be killed again
-
 _T = TypeVar("_T")
-
-
-def was_killed(died: CellDied) -> bool:
-    """Whether somebody else killed a cell: that says nothing of its work. Waits for the autopsy."""
-    return Incident.of(died).evidence.result().exit == Exit.KILLED
 
 
 class SafeRungs:

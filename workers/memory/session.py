@@ -14,6 +14,7 @@ from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.workers.batch.call import DecodeOptions, RefusedError, Rows
 from crumplezone.workers.batch.columns import Columns, Int32
 from crumplezone.workers.cells.decode_client import DecodeClient
+from crumplezone.workers.incidents.deaths import Deaths
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.memory.journal import (
     ALL,
@@ -207,20 +208,22 @@ class MemorySession:
         """Why a running cell could not be given this memory, or an empty string: it has it."""
         if self.client.start() is self._cell:
             return ""
-        problem = ""
-        for chunk in (0, 1):  # a crash on the way: once more, in another cell, a token at a time
+        deaths, chunk, again = Deaths(own=1), 0, True
+        while again:
             try:
                 problem = self._replay(chunk)
             except CellDied as died:
                 path = self._report(died, "restoring memory", "it was tried again, token by token")
-                problem = f"{died}; report: {path}"
+                problem, again = f"{died}; report: {path}", deaths.again(died)
             except (RefusedError, CellRefused) as refused:
-                problem = str(refused)
+                problem, again = str(refused), not chunk
                 self._drop()
             else:
                 if not problem:
                     self._cell = self.client.cell
                     break
+                again = not chunk
+            chunk = 1  # once more, in another cell, a token at a time
         return problem
 
     def _lose(self, problem: str) -> None:
@@ -288,15 +291,16 @@ class MemorySession:
         return self._twice(doing, restored)
 
     def _twice(self, doing: str, work: Callable[[], _T]) -> _T:
-        try:
-            return work()
-        except CellDied as died:
-            self._report(died, doing, "it was done again in a new cell")
-        try:
-            return work()
-        except CellDied as died:
-            path = self._report(died, doing, "it failed")
-            raise CrumplezoneError(f"llama.cpp died twice while {doing}; report: {path}") from died
+        deaths = Deaths(own=1)
+        while True:
+            try:
+                return work()
+            except CellDied as died:
+                again = deaths.again(died)
+                path = self._report(died, doing, "it was done again in a new cell" if again else "it failed")
+                if not again:
+                    problem = f"llama.cpp died again and again while {doing}; report: {path}"
+                    raise CrumplezoneError(problem) from died
 
     def _take_back(self, spans: Sequence[Span]) -> None:
         """After a refusal: what was appended before it (rc 2, or a chunk of several) is removed again."""

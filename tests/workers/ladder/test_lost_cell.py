@@ -16,7 +16,7 @@ from crumplezone import Batch, Completion, Decoder, Rung
 from crumplezone.errors import BatchError, CrumplezoneError, ModelError, SequenceError
 from crumplezone.reports.records.report import Exit
 from crumplezone.reports.store.store import Store
-from crumplezone.workers.ladder.rungs import KILLS_MAX
+from crumplezone.workers.incidents.deaths import KILLS_MAX
 from crumplezone.workers.protocol.messages import Request
 from tests.support.decoders import Dose, Open, assert_equal_logits, kill, outcome, reports_of
 from tests.support.native.decode_poison import Poison, PoisonCell

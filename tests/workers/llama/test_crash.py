@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import gc
 import os
 import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import psutil
 import pytest
 
 from crumplezone import Llama
-from crumplezone.errors import InputError, SequenceError, UsageError
-from crumplezone.reports.records.report import Exit, Report, VerdictKind
+from crumplezone.errors import CellDied, InputError, SequenceError, UsageError
+from crumplezone.reports.records.report import Evidence, Exit, Report, VerdictKind
 from crumplezone.reports.store.store import Store
+from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.workers.incidents.deaths import KILLS_MAX
 from crumplezone.workers.llama.calls.task import Task
 from crumplezone.workers.protocol.llama import Evaluated, Note
 from tests.support.decoders import OpenLlama as Open
@@ -31,6 +35,13 @@ from tests.support.reference.llama_original import FOX, OPTIONS, SEA
 def kill(llama: Llama) -> None:
     assert llama.pid is not None
     os.kill(llama.pid, signal.SIGKILL)
+
+
+def died(how: Exit) -> CellDied:
+    """As a call sees it."""
+    evidence: Future[Evidence] = Future()
+    evidence.set_result(Evidence(how, 1, "call", None))
+    return CellDied("cell 1: died", Incident("call", dt.datetime.now(dt.UTC), evidence, []))
 
 
 def reports_of(llama: Llama, store: Store) -> list[Report]:
@@ -283,12 +294,28 @@ def test_a_cell_that_tells_nonsense_is_not_believed(note: Note, problem: str) ->
 
 
 def test_progress_buys_another_attempt() -> None:
-    task = Task("generate", {})
-    assert task.lost()
+    task, crash = Task("generate", {}), died(Exit.SIGNAL)
+    assert task.lost(crash)
     for i in range(3):
         task.take(Note(drawn=[(0, i)]), 128)
-        assert task.lost()
+        assert task.lost(crash)
         assert not task.cautious
-    assert task.lost()
+    assert task.lost(crash)
     assert task.cautious
-    assert not task.lost()
+    assert not task.lost(crash)
+
+
+def test_a_kill_is_no_crash_of_a_call() -> None:
+    task = Task("generate", {})
+    assert all(task.lost(died(Exit.KILLED)) for _ in range(KILLS_MAX))
+    assert not task.cautious
+    assert not task.lost(died(Exit.KILLED))
+    task = Task("generate", {})
+    assert task.lost(died(Exit.SIGNAL))
+    assert task.lost(died(Exit.KILLED))
+    assert not task.cautious
+    assert task.lost(died(Exit.SIGNAL))
+    assert task.cautious
+    for i in range(100):  # of a long stream among many kills
+        task.take(Note(drawn=[(0, i)]), 128)
+        assert task.lost(died(Exit.KILLED))

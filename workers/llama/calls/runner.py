@@ -11,6 +11,7 @@ import msgspec
 from crumplezone.errors import CellDied, CellRefused, InputError, SequenceError
 from crumplezone.reports.records.report import BatchRecord
 from crumplezone.workers.incidents.attempt import Attempt
+from crumplezone.workers.incidents.deaths import was_killed
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.llama.calls.callbacks import Callbacks
@@ -205,18 +206,22 @@ class TaskRunner:
         if task.restored:
             self._checkpoint.drop()
             task.restored = False
-        again, path = task.lost(), tried.report
+        died, path = tried.died, tried.report
+        assert died is not None
         assert path is not None
+        again = task.lost(died)
         task.reports.append(path)
-        if task.stage == "grammar":
+        if task.stage == "grammar" and not was_killed(died):
             self._settle(job, "the grammar crashes llama.cpp's parser", failed=True)
             problem = f"crashes llama.cpp's grammar parser; report: {path}"
             raise InputError("grammar", task.shown_grammar, problem) from tried.error
         if not again:
             job.blamed.append(0)
-            self._settle(job, f"{task.method} crashes token by token too", failed=True)
-            problem = f"{task.method} lost {task.losses} cells, the last one with one thread, token by token"
-            raise SequenceError(0, f"{problem}: {tried.error}", path) from tried.error
+            self._settle(job, f"{task.method} was given up", failed=True)
+            how = ", the last one with one thread, token by token" if task.cautious else ""
+            raise SequenceError(
+                0, f"{task.method} lost {task.losses} cells{how}: {tried.error}", path
+            ) from died
 
     def _settle(self, job: JobRecord, result: str, *, failed: bool = False) -> None:
         if job.crashes:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Any
 
+from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import BatchRecord
 from crumplezone.workers.batch.results import Rung
+from crumplezone.workers.incidents.deaths import KILLS_MAX, was_killed
 from crumplezone.workers.protocol.llama import Grammar, LlamaCall, Note
 
 _GENERATIONS_MAX = 4096  # within one call: a chat format makes one for each tool that is called
-_MOST_LOSSES = 16  # of cells in one call, however far it gets with each
+_CRASHES_MAX = 16  # of cells in one call, however far it gets with each
 
 
 @dataclass
@@ -74,7 +76,8 @@ class Task:
     restored: bool = False
     _identity: int = field(default_factory=lambda: SystemRandom().getrandbits(63))
     _created: int = field(default_factory=lambda: int(time.time()))
-    _in_vain: int = 0  # cells lost since it last got any further
+    _died: list[CellDied] = field(default_factory=list)
+    _in_vain: int = 0  # cells lost since it last got any further: the last of these
     _reached: int = -1
 
     @property
@@ -127,16 +130,25 @@ class Task:
             self.drawn[place].append(token)
         return ""
 
-    def lost(self) -> bool:
-        """Note that its cell was lost; returns whether to try another."""
+    def lost(self, died: CellDied) -> bool:
+        """Note that its cell was lost; returns whether to try another.
+
+        What somebody else killed says nothing of the call. It is only asked, which waits for autopsies, where
+        something depends on it.
+        """
         reached = len(self.sent) + sum(map(len, self.drawn))
         self._in_vain = 1 if reached > self._reached else self._in_vain + 1
         self._reached = reached
-        hopeless = (self._in_vain > 1 and self.cautious) or self.losses >= _MOST_LOSSES
-        self.cautious = self.cautious or self._in_vain > 1
+        self._died.append(died)
         self.losses += 1
         self.news = True
-        return not hopeless
+        if self._in_vain == 1 and self.losses <= _CRASHES_MAX:
+            return True
+        crashes = [not was_killed(each) for each in self._died]
+        in_vain = sum(crashes[-self._in_vain :])
+        hopeless = (in_vain > 1 and self.cautious) or sum(crashes) > _CRASHES_MAX
+        self.cautious = self.cautious or in_vain > 1
+        return not (hopeless or self._in_vain > KILLS_MAX + in_vain)
 
     def batch(self, chunk: int) -> BatchRecord | None:
         """What its cell was evaluating, from the first token on; ``chunk``: most tokens per native call."""

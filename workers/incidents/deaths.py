@@ -1,0 +1,82 @@
+"""Whose doing the death of a cell was: what somebody else killed says nothing of its work."""
+
+from __future__ import annotations
+
+import time
+
+from crumplezone.errors import CellDied
+from crumplezone.reports.records.report import Evidence, Exit
+from crumplezone.sandbox.autopsy.incident import Incident
+
+KILLS_MAX = 8  # in a row, with nothing done between: what is killed that often will be killed again
+_UNCLEAR_MAX = 2  # of starts, likewise
+_STARTING = 30.0  # seconds in which starts may be killed as often as it takes: on a busy machine each is long
+
+
+def was_killed(died: CellDied) -> bool:
+    """Whether somebody else killed a cell. Waits for the autopsy."""
+    return Incident.of(died).evidence.result().exit is Exit.KILLED
+
+
+class Deaths:
+    """The cells that were lost by trying something, in a row.
+
+    Args:
+        own: How many it may lose by itself, and still be tried again.
+    """
+
+    def __init__(self, own: int = 0) -> None:
+        self._own = own
+        self._died: list[CellDied] = []
+
+    def own(self) -> int:
+        """How many died of their work. Waits for the autopsies."""
+        return sum(not was_killed(died) for died in self._died)
+
+    def again(self, died: CellDied) -> bool:
+        """Note a death; whether to try again. Waits for autopsies only where whose doing it was matters."""
+        self._died.append(died)
+        if len(self._died) <= self._own:
+            return True
+        return len(self._died) <= self._own + KILLS_MAX and self.own() <= self._own
+
+
+class Starts:
+    """The cells that were lost in a row before they were ready."""
+
+    def __init__(self) -> None:
+        self.lost = self._unclear = self._unloaded = 0
+        self._began = time.monotonic()
+
+    def loader(self, evidence: Evidence) -> bool:
+        """Whether the one that was lost crashed by what it loaded, and nobody else had a hand in it."""
+        return not (_killed(evidence) or _unloaded(evidence) or _unclear(evidence))
+
+    def again(self, evidence: Evidence) -> bool:
+        """Note another; whether to start one more."""
+        self.lost += 1
+        if not _killed(evidence):
+            self._unloaded += _unloaded(evidence)
+            self._unclear += not _unloaded(evidence)
+        worth = self.lost <= KILLS_MAX or time.monotonic() - self._began < _STARTING
+        return worth and self._unclear <= _UNCLEAR_MAX and self._unloaded <= KILLS_MAX
+
+
+def _killed(evidence: Evidence) -> bool:
+    return evidence.exit is Exit.KILLED
+
+
+def _unloaded(evidence: Evidence) -> bool:
+    """Whether it had not begun to load anything: it was not armed yet, and nobody knows who sent a signal."""
+    return not evidence.flight and evidence.exit is not Exit.HANG
+
+
+def _unclear(evidence: Evidence) -> bool:
+    """Whether nobody knows what ended it: without a hold, a signal does not say who sent it (wait(2)).
+
+    What was killed for memory may have been the largest process, and not the one that asked for more.
+    """
+    unheld = evidence.fault is not None and evidence.fault.code is None
+    return evidence.exit is Exit.OOM or (
+        evidence.exit is not Exit.HANG and (evidence.returncode is None or unheld)
+    )
