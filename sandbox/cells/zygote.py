@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -39,6 +40,7 @@ from crumplezone.sandbox.process.procfs import stat_fields
 _DEADLINE = 10.0  # seconds for one request: a fork copies page tables, some milliseconds for each GiB
 _PATIENCE = 0.5  # seconds for a request that is under way when it is to be closed
 _DEATHS_MAX = 3  # in a row, with no fork between them
+_RETRY = 60.0  # seconds after these: whoever killed it may have gone
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T", bound=msgspec.Struct)
@@ -62,7 +64,7 @@ class Zygote:
         self._starter = Starter(spawn)
         self._lock = threading.Lock()  # for its start
         self._line: _Line | None = None
-        self._deaths = 0
+        self._deaths, self._died_at = 0, 0.0  # CLOCK_MONOTONIC, seconds
         self._closed = self._unforkable = False
 
     @property
@@ -150,12 +152,18 @@ class Zygote:
             raise UsageError("this zygote is closed: make a new one")
         if self._line and not self._line.lives():
             self._line = None
-            self._deaths += 1
+            self._deaths, self._died_at = self._deaths + 1, time.monotonic()
             if self._deaths == _DEATHS_MAX:
-                _log.warning("the zygote died %d times in a row: cells are spawned from now on", self._deaths)
-        if self._line is None and not self._unforkable and self._deaths < _DEATHS_MAX:
+                _log.warning("the zygote died %d times in a row: cells are spawned for now", self._deaths)
+        if self._line is None and not self._unforkable and not self._gave_up():
             self._line = self._started()
         return None if self._unforkable else self._line
+
+    def _gave_up(self) -> bool:
+        """Whether it has died too often; each minute there is another trial."""
+        if self._deaths >= _DEATHS_MAX and time.monotonic() - self._died_at > _RETRY:
+            self._deaths = _DEATHS_MAX - 1
+        return self._deaths >= _DEATHS_MAX
 
     def _started(self) -> _Line | None:
         env = environment(self._spec.env)

@@ -301,7 +301,9 @@ def test_a_zygote_that_hangs_is_replaced(grow: Grow, deaths: Deaths, monkeypatch
     cell.close()
 
 
-def test_after_three_deaths_without_a_fork_cells_are_spawned(grow: Grow, deaths: Deaths) -> None:
+def test_after_three_deaths_without_a_fork_cells_are_spawned_for_a_while(
+    grow: Grow, deaths: Deaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seed = grow()
     for _ in range(3):
         seed.start()
@@ -310,6 +312,10 @@ def test_after_three_deaths_without_a_fork_cells_are_spawned(grow: Grow, deaths:
     assert (parent(cell.pid), seed.pid) == (os.getpid(), None)
     assert [evidence_of(deaths).exit for _ in range(3)] == [Exit.KILLED] * 3
     assert seed.info(Info) is None
+    cell.close()
+    monkeypatch.setattr(zygote, "_RETRY", 0.0)
+    cell = Cell(SPEC, seed.fork)
+    assert parent(cell.pid) == seed.pid
     cell.close()
 
 
