@@ -36,9 +36,7 @@ class Deaths:
     def again(self, died: CellDied) -> bool:
         """Note a death; whether to try again. Waits for autopsies only where whose doing it was matters."""
         self._died.append(died)
-        if len(self._died) <= self._own:
-            return True
-        return len(self._died) <= self._own + KILLS_MAX and self.own() <= self._own
+        return len(self._died) <= self._own or (len(self._died) <= KILLS_MAX and self.own() <= self._own)
 
 
 class Starts:

@@ -289,14 +289,16 @@ def test_a_zygote_killed_in_the_middle_of_a_fork(grow: Grow, deaths: Deaths, lie
     cell.close()
 
 
-def test_a_zygote_that_hangs_is_replaced(grow: Grow, deaths: Deaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zygote_that_somebody_stops_is_replaced(
+    grow: Grow, deaths: Deaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(zygote, "_DEADLINE", 0.5)
     seed = grow()
     seed.start()
     assert seed.pid is not None
     os.kill(seed.pid, signal.SIGSTOP)
     cell = Cell(SPEC, seed.fork)
-    assert evidence_of(deaths).exit == Exit.HANG
+    assert evidence_of(deaths).exit == Exit.KILLED
     echo(cell)
     cell.close()
 
