@@ -21,7 +21,7 @@ from crumplezone.diagnostics.pytest_plugin.failure import Phase, failed, left, r
 from crumplezone.diagnostics.pytest_plugin.logs import LogTail
 from crumplezone.diagnostics.pytest_plugin.notes import Ended, Left, Note, Notes, Reported, Warned
 from crumplezone.diagnostics.pytest_plugin.options import TIMEOUT
-from crumplezone.errors import InputError, check_integer, check_number
+from crumplezone.errors import InputError, UsageError, check_integer, check_number
 from crumplezone.reports.records.report import Frame
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.guest import Guest
@@ -98,7 +98,7 @@ def run(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     ran, problem = None, ""
     try:
         ran = _run_cell(item, _limits(item))
-    except (InputError, Warning) as error:
+    except (InputError, UsageError, Warning) as error:
         problem = str(error)
     except ValueError as error:
         problem = f"the cell of this test told what cannot be used: {error}"
@@ -194,15 +194,17 @@ def _fork(ends: Ends) -> Child:
     have ended (`Guest.close`). glibc and OpenBLAS see to their own in forks (pthread_atfork(3)), Python and
     its logging likewise. Of those of plugins and tests `_warn_of_threads` tells, with their names.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"This process .*is multi-threaded", DeprecationWarning)
-        pid = os.fork()
-    if not pid:
-        try:
-            own = Ends(*map(os.dup, ends))
-        except BaseException:  # noqa: BLE001 - no exception of a cell may get into pytest
-            os._exit(1)
-        raise ForkedChild(own)
+    with contextlib.ExitStack() as copies:
+        own = []  # a fork closes what `launch` has made
+        for end in ends:
+            own.append(os.dup(end))
+            copies.callback(os.close, own[-1])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"This process .*is multi-threaded", DeprecationWarning)
+            pid = os.fork()
+        if not pid:
+            copies.pop_all()
+            raise ForkedChild(own)
     try:
         os.setpgid(pid, pid)  # both do so: it is a group before anybody needs to kill it
         pidfd = os.pidfd_open(pid)

@@ -191,7 +191,10 @@ def exclusive(directory: Path) -> Iterator[None]:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(directory / _LOCK, flags, 0o600), "rb", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try:
+            yield
+        finally:  # by closing it alone, a fork of this process would hold it on (flock(2))
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def remove(directory: Path, doomed: list[Row], present: Collection[str]) -> None:

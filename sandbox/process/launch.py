@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from crumplezone.sandbox.ipc.arena import Arena
-from crumplezone.sandbox.process.lines import Ends, Lines, fault_pipe, open_lines, socket_pair
+from crumplezone.sandbox.process.lines import Ends, Lines, fault_pipe, forks_wait, open_lines, socket_pair
 from crumplezone.sandbox.process.process import Child, Process, reap_own
 
 
@@ -96,20 +96,22 @@ def launch(start: Callable[[Ends], Child]) -> Process:
         OSError: The process or one of its descriptors could not be made.
     """
     with stdio_taken(), contextlib.ExitStack() as child_ends, contextlib.ExitStack() as ours:
-        # Each is registered before the next is made: there may be no descriptor left for that.
-        sock, child_sock = socket_pair(ours, child_ends)
-        log, child_log = socket_pair(ours, child_ends)
-        fault_read, fault_write, refused = fault_pipe()
-        ours.callback(os.close, fault_read)
-        child_ends.callback(os.close, fault_write)
-        parent_read, parent_write = os.pipe2(os.O_CLOEXEC)
-        ours.callback(os.close, parent_write)
-        child_ends.callback(os.close, parent_read)
-        err_read, err_write = os.pipe2(os.O_CLOEXEC)
-        ours.callback(os.close, err_read)
-        child_ends.callback(os.close, err_write)
-        arena = Arena()
-        ours.callback(arena.close)
+        with forks_wait():
+            open_lines.update((child_ends, ours))
+            # Each is registered before the next is made: there may be no descriptor left for that.
+            sock, child_sock = socket_pair(ours, child_ends)
+            log, child_log = socket_pair(ours, child_ends)
+            fault_read, fault_write, refused = fault_pipe()
+            ours.callback(os.close, fault_read)
+            child_ends.callback(os.close, fault_write)
+            parent_read, parent_write = os.pipe2(os.O_CLOEXEC)
+            ours.callback(os.close, parent_write)
+            child_ends.callback(os.close, parent_read)
+            err_read, err_write = os.pipe2(os.O_CLOEXEC)
+            ours.callback(os.close, err_read)
+            child_ends.callback(os.close, err_write)
+            arena = Arena()
+            ours.callback(arena.close)
         ends = Ends(child_sock.fileno(), child_log.fileno(), fault_write, parent_read, arena.fd, err_write)
         child = start(ends)
         lines = Lines(sock, log, fault_read, parent_write, err_read, arena)
@@ -132,15 +134,16 @@ def spawn(env: Mapping[str, str]) -> Process:
 
 def _execute(env: Mapping[str, str], ends: Ends) -> Child:
     *fds, output = ends
-    popen = subprocess.Popen(
-        [sys.executable, "-P", "-m", "crumplezone.sandbox.child.loop", *map(str, fds)],
-        pass_fds=fds,
-        stdin=subprocess.DEVNULL,
-        stdout=output,  # native code that prints must not write into the caller's output
-        stderr=output,
-        env=environment(env),
-        process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
-    )
+    with forks_wait():
+        popen = subprocess.Popen(
+            [sys.executable, "-P", "-m", "crumplezone.sandbox.child.loop", *map(str, fds)],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stdout=output,  # native code that prints must not write into the caller's output
+            stderr=output,
+            env=environment(env),
+            process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
+        )
     return child_of(popen)
 
 

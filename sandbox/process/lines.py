@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 import os
 import socket
+import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,17 +39,47 @@ class Lines:
                 os.close(fd)
 
 
-open_lines: weakref.WeakSet[Lines] = weakref.WeakSet()
+open_lines: weakref.WeakSet[Lines | contextlib.ExitStack] = weakref.WeakSet()
+"""What a fork of this process closes: a copy of the parent pipe would keep cells alive after our death."""
+
+_PATIENCE = 1.0  # seconds: whoever cannot have the lock goes on without, a deadlock would be worse
+_making = threading.RLock()  # the handler of a signal may fork in the middle of anything
+
+
+@contextlib.contextmanager
+def forks_wait() -> Iterator[None]:
+    """Have no other thread fork this process (os.fork, multiprocessing) in here: be short, it has to wait.
+
+    So no fork has a copy of what is made in here and entered into `open_lines`. Nor of the pipe that
+    `subprocess.Popen` reads to its end: a start would last as long as the fork lives that has it open.
+    """
+    lock = _making
+    try:
+        lock.acquire(timeout=_PATIENCE)
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # it is not ours
+            lock.release()
+
+
+def _before_fork() -> None:
+    _making.acquire(timeout=_PATIENCE)
+
+
+def _forked() -> None:
+    with contextlib.suppress(RuntimeError):  # likewise
+        _making.release()
 
 
 def _close_in_fork() -> None:
-    # A forked copy of the supervisor would keep the parent pipe open and the cells alive after its death.
+    global _making
+    _making = threading.RLock()  # the thread that held it may not be here to release it
     for lines in list(open_lines):
         with contextlib.suppress(OSError):
             lines.close()
 
 
-os.register_at_fork(after_in_child=_close_in_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_forked, after_in_child=_close_in_fork)
 
 
 class Ends(NamedTuple):
