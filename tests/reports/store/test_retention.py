@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from crumplezone.reports.store.index import Row
 from crumplezone.reports.store.retention import Ledger, Retention, plan
 from crumplezone.reports.store.store import Store
 from crumplezone.reports.store.storm import FULL_PER_HOUR, Storm, slim
+from tests.support.decoders import fork
 from tests.support.records.reports import full, put
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
@@ -250,6 +252,19 @@ def test_one_pruner_at_a_time_and_writers_do_not_wait(tmp_path: Path) -> None:
         reports.write(report(1, "a"), "")
         reports.update(report(1, "b"))
         assert [row.signature for row in reports.rows()] == ["b", "a"]
+
+
+def test_a_fork_in_the_middle_of_a_pruning_keeps_no_later_one_out(tmp_path: Path) -> None:
+    with retention.exclusive(tmp_path):
+        pid = fork()
+        if not pid:
+            signal.pause()  # with a copy of the lock's descriptor
+    try:
+        with retention.exclusive(tmp_path):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def test_a_removal_that_was_interrupted_is_counted_once(tmp_path: Path) -> None:
