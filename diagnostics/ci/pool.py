@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Generator, Sequence
 from multiprocessing.connection import wait
@@ -20,7 +19,9 @@ from crumplezone.diagnostics.ci.case import Case
 from crumplezone.diagnostics.ci.runner import unknown
 from crumplezone.errors import CrumplezoneError
 from crumplezone.reports.records.run import CaseRecord
-from crumplezone.sandbox.process.launch import import_path
+from crumplezone.sandbox.ipc.scarcity import remedy
+from crumplezone.sandbox.ipc.surroundings import Surroundings
+from crumplezone.sandbox.process.launch import run_python
 from crumplezone.sandbox.process.log_relay import LogRelay
 
 TARGET = "crumplezone.diagnostics.ci.case:run_case"
@@ -55,8 +56,8 @@ def run_all(
                     runners.append(_Runner(f"runner-{started}", store, log, do))
                 except OSError as error:
                     if not runners:
-                        remedy = "free processes or file descriptors, and go on with --resume"
-                        raise CrumplezoneError(f"no runner could be started ({error}): {remedy}") from error
+                        what = f"no runner could be started ({error}): {remedy(error)}; go on with --resume"
+                        raise CrumplezoneError(what) from error
                     jobs = len(runners)  # then fewer at once
                 else:
                     runners[-1].give(waiting.popleft())
@@ -133,13 +134,10 @@ class _Runner:
 
 
 def _start(fds: tuple[int, ...], arguments: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "crumplezone.diagnostics.ci.runner", *map(str, fds), *arguments],
-        pass_fds=fds,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": import_path()},
-        process_group=0,  # the terminal's ctrl-C is for the run to handle
-    )
+    here = Surroundings.here()
+    command = ["-m", "crumplezone.diagnostics.ci.runner", *map(str, fds), *arguments]
+    # In a group of its own: the terminal's ctrl-C is for the run to handle.
+    return run_python(here, command, here.environment, pass_fds=fds, process_group=0)
 
 
 def _signal(number: int) -> str:

@@ -19,6 +19,7 @@ from crumplezone.reports.analysis.stack import crashed_thread
 from crumplezone.reports.records.report import Evidence, Report, Step
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
+from crumplezone.sandbox.ipc.scarcity import NO_CELL, remedy
 
 _TARGET = "crumplezone.diagnostics.doctor.patient:Patient"
 _DEADLINE = 20.0  # seconds, of each step with a cell
@@ -87,6 +88,7 @@ def _pidfd() -> Check:
 
 def _crash() -> list[Check]:
     """Have a cell crash for real, and see what is learnt of it."""
+    cure = "free memory, processes or file descriptors"
     try:
         with contextlib.closing(Cell(CellSpec(_TARGET, Healthy(), _DEADLINE))) as cell:
             cell.call(Fall(), Healthy, _DEADLINE)
@@ -96,11 +98,11 @@ def _crash() -> list[Check]:
             return _learnt(evidence)
         said = f"{evidence.detail} {evidence.stderr_tail[-200:]}"
         found = f"a cell did not start: {evidence.exit.value}. {said}"
-    except (OSError, RuntimeError, CellRefused) as error:  # RuntimeError: threading has no thread left
-        found = f"a cell did not start: {error}"
+    except (*NO_CELL, CellRefused) as error:
+        found, cure = f"a cell did not start: {error}", remedy(error)
     else:
         found = "a cell read what is not mapped, and did not crash"
-    return [Check("hold", State.LACK, found, _NO_CELL, "free memory, processes or file descriptors")]
+    return [Check("hold", State.LACK, found, _NO_CELL, cure)]
 
 
 def _learnt(evidence: Evidence) -> list[Check]:

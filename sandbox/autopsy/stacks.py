@@ -5,16 +5,15 @@ What costs both kinds of stacks may spare one: if they cannot be had together, e
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 
 import msgspec
 
 from crumplezone.reports.records.report import Thread
 from crumplezone.sandbox.autopsy.unwind import Part, Stacks
-from crumplezone.sandbox.process.launch import import_path
+from crumplezone.sandbox.ipc.surroundings import Surroundings
+from crumplezone.sandbox.process.launch import run_python
 
 _DEADLINE = 15.0  # seconds in all
 _OUTPUT_MAX = 8 * 1024 * 1024  # bytes
@@ -43,16 +42,17 @@ def _merged(native: list[Thread], python: list[Thread]) -> list[Thread]:
 
 
 def _run(pid: int, part: Part, end: float) -> Stacks:
-    command = [sys.executable, "-P", "-m", "crumplezone.sandbox.autopsy.unwind", str(pid), part]
-    env = {**os.environ, "PYTHONPATH": import_path()}
-    left = max(end - time.monotonic(), 0.0)
-    try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=left, stdin=subprocess.DEVNULL, env=env, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return Stacks([], error=f"the helper did not end within {_DEADLINE:.0f} s")
-    if done.returncode != 0 or len(done.stdout) > _OUTPUT_MAX:
-        tail = done.stderr[-_STDERR_TAIL:].decode(errors="replace")
-        return Stacks([], error=f"the helper ended with {done.returncode}: {tail}")
-    return msgspec.json.decode(done.stdout, type=Stacks)
+    here = Surroundings.here()
+    command = ["-m", "crumplezone.sandbox.autopsy.unwind", str(pid), part]
+    pipe = subprocess.PIPE
+    with run_python(here, command, here.environment, stdout=pipe, stderr=pipe) as helper:
+        try:
+            out, err = helper.communicate(timeout=max(end - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            return Stacks([], error=f"the helper did not end within {_DEADLINE:.0f} s")
+        finally:
+            helper.kill()
+    if helper.returncode != 0 or len(out) > _OUTPUT_MAX:
+        tail = err[-_STDERR_TAIL:].decode(errors="replace")
+        return Stacks([], error=f"the helper ended with {helper.returncode}: {tail}")
+    return msgspec.json.decode(out, type=Stacks)

@@ -34,10 +34,11 @@ from crumplezone.sandbox.ipc.channel import (
     Reply,
     Start,
 )
+from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.cgroup import oom_kills
 from crumplezone.sandbox.process.drain import abandon, drained
-from crumplezone.sandbox.process.launch import spawn
-from crumplezone.sandbox.process.process import POLL_MAX, Process
+from crumplezone.sandbox.process.launch import Launcher, spawn
+from crumplezone.sandbox.process.process import POLL_MAX
 
 _CLOSE_GRACE_MS = 500
 _CLOSED = "this cell was closed by another thread in the middle of a call"
@@ -55,6 +56,7 @@ class CellSpec:
         memory_limit: Bytes of resident memory above which it is killed, or None. A page counts in every cell
             that has it mapped, shared or not, so the limit is the same for a spawned and for a forked cell.
         env: Added to the child's environment.
+        surroundings: Where it runs; as they are when this is made.
     """
 
     target: str
@@ -62,6 +64,7 @@ class CellSpec:
     start_deadline: float = 120.0
     memory_limit: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+    surroundings: Surroundings = field(default_factory=Surroundings.here)
 
 
 def _caller_stack() -> list[Frame]:
@@ -74,7 +77,7 @@ class Cell:
 
     Args:
         spec: What to run.
-        start: Starts its process, given what is added to the environment.
+        start: Starts its process.
 
     Raises:
         CellRefused: The target raised an exception while it was built.
@@ -82,12 +85,12 @@ class Cell:
         OSError: No process or descriptor could be had.
     """
 
-    def __init__(self, spec: CellSpec, start: Callable[[Mapping[str, str]], Process] = spawn) -> None:
+    def __init__(self, spec: CellSpec, start: Launcher = spawn) -> None:
         self._owner = os.getpid()
         self._next_id = 1
         self._oom_kills = oom_kills()
         self._phase = "start"
-        self._process = process = start(spec.env)
+        self._process = process = start(spec.surroundings.adding(spec.env))
         self._drain = drained(process, spec.memory_limit, stoppable=False)
         self._finalizer = weakref.finalize(self, abandon, process, self._drain, self._owner)
         self._channel = Channel(process.lines.sock, FromChild)

@@ -32,13 +32,17 @@ from crumplezone.sandbox.child.fork_server import (
     Reaped,
     UnforkableError,
 )
-from crumplezone.sandbox.process.launch import Starter, environment, launch, spawn
+from crumplezone.sandbox.ipc.channel import MAX_FRAME
+from crumplezone.sandbox.ipc.scarcity import too_large
+from crumplezone.sandbox.ipc.surroundings import Surroundings
+from crumplezone.sandbox.process.launch import Starter, launch, spawn
 from crumplezone.sandbox.process.lines import Ends
 from crumplezone.sandbox.process.process import Child, Process, reap_own
 from crumplezone.sandbox.process.procfs import stat_fields
 
 _DEADLINE = 10.0  # seconds for one request: a fork copies page tables, some milliseconds for each GiB
 _PATIENCE = 0.5  # seconds for a request that is under way when it is to be closed
+_REQUEST_MAX = MAX_FRAME - 1024  # bytes; a frame has some more
 _DEATHS_MAX = 3  # in a row, with no fork between them
 _RETRY = 60.0  # seconds after these: whoever killed it may have gone
 
@@ -95,11 +99,11 @@ class Zygote:
             line = self._ready()
             return line.cell.info(kind) if line else None
 
-    def fork(self, env: Mapping[str, str]) -> Process:
+    def fork(self, surroundings: Surroundings) -> Process:
         """Start a cell; as `crumplezone.sandbox.process.launch.spawn`, for `Cell`.
 
         Args:
-            env: Added to its environment.
+            surroundings: Its environment. Its Python and directory are the zygote's.
 
         Raises:
             CellRefused, CellDied, OSError, UsageError: As `start`.
@@ -110,7 +114,7 @@ class Zygote:
             if line is None:
                 break
             try:
-                process = line.fork(env)
+                process = line.fork(surroundings.of_cell)
             except (CellDied, _DeadError):  # it is reported, and the next one tries
                 continue
             except CellRefused as refused:
@@ -119,7 +123,7 @@ class Zygote:
                 break
             self._deaths = 0
             return process
-        return spawn(env)
+        return spawn(surroundings)
 
     def watch(self) -> list[int]:
         """Have it running; new descriptors, one of which is readable once it is dead.
@@ -166,7 +170,7 @@ class Zygote:
         return self._deaths >= _DEATHS_MAX
 
     def _started(self) -> _Line | None:
-        env = environment(self._spec.env)
+        env = self._spec.surroundings.adding(self._spec.env).of_cell
         try:
             cell = Cell(self._spec, self._starter)
         except CellRefused as refused:
@@ -227,7 +231,7 @@ class _Line:
             self.cell.close()
 
     def fork(self, env: Mapping[str, str]) -> Process:
-        """Start a cell.
+        """Start a cell with this environment.
 
         Raises:
             CellRefused: It cannot fork.
@@ -235,11 +239,13 @@ class _Line:
             OSError: There is no descriptor left.
             _DeadError: Its death is told already, or it is to fork no more.
         """
-        return launch(functools.partial(self._fork, environment(env)))
+        return launch(functools.partial(self._fork, env))
 
     def _fork(self, env: Mapping[str, str], ends: Ends) -> Child:
         changed = {os.fsencode(k): os.fsencode(v) for k, v in env.items() if self._env.get(k) != v}
         request = Fork(changed, [os.fsencode(name) for name in self._env if name not in env])
+        if len(msgspec.msgpack.encode(request)) > _REQUEST_MAX:
+            raise too_large(env)
         with self._lock:
             if self._stopped:
                 raise _DeadError

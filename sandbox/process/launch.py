@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from crumplezone.sandbox.ipc.arena import Arena
+from crumplezone.sandbox.ipc.scarcity import too_large
+from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.lines import Ends, Lines, fault_pipe, forks_wait, open_lines, socket_pair
 from crumplezone.sandbox.process.process import Child, Process, reap_own
+
+Launcher = Callable[[Surroundings], Process]
+"""Starts a process, somewhere."""
 
 
 class Starter:
     """Starts processes until it is stopped; one that is not ready by then is killed, and its start fails.
 
     Args:
-        start: Starts one, given what is added to its environment.
+        start: Starts one.
     """
 
-    def __init__(self, start: Callable[[Mapping[str, str]], Process]) -> None:
+    def __init__(self, start: Launcher) -> None:
         self._start = start
         self._lock = threading.RLock()  # the collector may call `stop` in the middle of anything
         self._starting: Process | None = None
         self._stopped = False
 
-    def __call__(self, env: Mapping[str, str]) -> Process:
+    def __call__(self, surroundings: Surroundings) -> Process:
         """Start one."""
-        process = self._start(env)
+        process = self._start(surroundings)
         with self._lock:
             self._starting = process
             if self._stopped:
@@ -50,27 +55,6 @@ class Starter:
             self._stopped = True
             if self._starting:
                 self._starting.signal(signal.SIGKILL)
-
-
-def import_path() -> str:
-    """This process's import path as PYTHONPATH: what imports here must import in a child."""
-    return os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-
-
-def environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a cell."""
-    # A thread that waits for another spins so often before it sleeps; libgomp's 300,000 times are 3 ms. Where
-    # something else computes as well, most of a decode's thousand waits last that long (docs/performance.md).
-    spins = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": "2000"}
-    return {
-        **spins,
-        **os.environ,
-        "PYTHONPATH": import_path(),
-        "GGML_NO_BACKTRACE": "1",  # an abort would fork gdb and flood stderr
-        "OPENBLAS_NUM_THREADS": "1",  # numpy's threads are not wanted in a cell
-        "PYTHONUNBUFFERED": "1",
-        **extra,
-    }
 
 
 @contextlib.contextmanager
@@ -120,31 +104,56 @@ def launch(start: Callable[[Ends], Child]) -> Process:
         return Process(child.pid, child.pidfd, child.reap, lines, child.leads, refused)
 
 
-def spawn(env: Mapping[str, str]) -> Process:
+def spawn(surroundings: Surroundings) -> Process:
     """Start a new interpreter that runs `crumplezone.sandbox.child.loop`.
 
     Args:
-        env: Added to its environment.
+        surroundings: Its Python, its environment.
 
     Raises:
         OSError: The process or one of its descriptors could not be made.
     """
-    return launch(functools.partial(_execute, env))
+    return launch(functools.partial(_execute, surroundings))
 
 
-def _execute(env: Mapping[str, str], ends: Ends) -> Child:
+def _execute(surroundings: Surroundings, ends: Ends) -> Child:
     *fds, output = ends
-    with forks_wait():
-        popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", "crumplezone.sandbox.child.loop", *map(str, fds)],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            stdout=output,  # native code that prints must not write into the caller's output
-            stderr=output,
-            env=environment(env),
-            process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
-        )
+    popen = run_python(
+        surroundings,
+        ["-m", "crumplezone.sandbox.child.loop", *map(str, fds)],
+        surroundings.of_cell,
+        pass_fds=fds,
+        stdout=output,  # native code that prints must not write into the caller's output
+        stderr=output,
+        process_group=0,  # the terminal's ctrl-C is the supervisor's to handle
+    )
     return child_of(popen)
+
+
+def run_python(
+    surroundings: Surroundings, arguments: Sequence[str], env: Mapping[str, str], **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start this Python once more.
+
+    Args:
+        surroundings: Where.
+        arguments: Behind those that hold for each.
+        env: Of the two environments in there.
+        options: Of `subprocess.Popen`.
+
+    Raises:
+        OSError: No process or descriptor could be had.
+    """
+    # A directory that is gone, or that may be used but not be entered (after a setuid), is inherited.
+    directory = surroundings.directory if os.access(surroundings.directory, os.X_OK) else None
+    command = [surroundings.python, "-P", *arguments]
+    try:
+        with forks_wait():
+            return subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, env=env, **options)
+    except OSError as error:
+        if error.errno == errno.E2BIG:
+            raise too_large(env) from error
+        raise
 
 
 def child_of(popen: subprocess.Popen[bytes], *, leads: bool = True) -> Child:

@@ -76,7 +76,7 @@ class Cells:
         zygote = None
         if start == "zygote" or (start == "auto" and not config.n_gpu_layers and sys.platform == "linux"):
             assert isinstance(config, msgspec.Struct)
-            spec = CellSpec(SEEDS[seed], config, memory_limit=limits.memory)
+            spec = CellSpec(SEEDS[seed], config, memory_limit=limits.memory, surroundings=limits.surroundings)
             context = config.context()
 
             def report(incident: Incident) -> None:

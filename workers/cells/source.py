@@ -17,6 +17,7 @@ from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.spares import SparePool
 from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.sandbox.ipc.scarcity import NO_CELL, no_cell
 from crumplezone.workers.cells.targets import TARGETS, Kind
 from crumplezone.workers.incidents.deaths import Starts
 from crumplezone.workers.incidents.reporter import Reporter
@@ -142,7 +143,10 @@ class CellSource:
         self.discard_cell()
 
     def _spec(self) -> CellSpec:
-        return CellSpec(self._target, self.config, memory_limit=self._limits.memory)
+        limits = self._limits
+        return CellSpec(
+            self._target, self.config, memory_limit=limits.memory, surroundings=limits.surroundings
+        )
 
     def _taken(self) -> Cell:
         return self._started(self._spares.take)
@@ -195,9 +199,8 @@ class CellSource:
             if error.kind in self._refusals:
                 raise self._refusals[error.kind](str(error)) from error
             raise CrumplezoneError(f"the cell did not start: {error.kind}: {error}") from error
-        except (OSError, RuntimeError) as error:  # RuntimeError: threading has no thread left
-            remedy = "free memory, processes or file descriptors"
-            raise CrumplezoneError(f"no cell could be started ({error}): {remedy}") from error
+        except NO_CELL as error:
+            raise no_cell(error) from error
 
 
 def report_idle(reporter: Reporter | None, config: Any, incident: Incident) -> None:

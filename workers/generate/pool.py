@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from crumplezone.errors import CrumplezoneError, UsageError
+from crumplezone.sandbox.ipc.scarcity import NO_CELL, no_cell
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells
 from crumplezone.workers.generate.in_flight import Generation
@@ -91,7 +92,10 @@ class Pool:
         self._width: Width | None = None
         self.failure: CrumplezoneError | None = None  # why there are no lanes
         self._opener = threading.Thread(target=self._open, name="lanes", daemon=True)
-        self._opener.start()
+        try:
+            self._opener.start()
+        except NO_CELL as error:
+            raise no_cell(error) from error
 
     @property
     def clients(self) -> list[DecodeClient]:
@@ -149,6 +153,5 @@ class Pool:
             self._lanes = [self.plan.lane(self._queue, width, n) for n in range(self.plan.workers)]
             self._width = width
         except Exception as error:  # noqa: BLE001 - whoever waits for a place must be told
-            known = error if isinstance(error, CrumplezoneError) else None
-            self.failure = known or CrumplezoneError(f"no lane could be started: {error}")
+            self.failure = error if isinstance(error, CrumplezoneError) else no_cell(error)
             self._queue.kill(self.failure)

@@ -21,7 +21,7 @@ from crumplezone.workers.llama.calls.session import Session
 from crumplezone.workers.llama.completions import Completions, Criteria, Processors, task_of
 from crumplezone.workers.llama.facts import Facts
 from crumplezone.workers.llama.objects import LlamaState, capacity_of, lookup_of
-from crumplezone.workers.model.file import check_file
+from crumplezone.workers.model.file import check_file, located
 from crumplezone.workers.model.hub import download
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import INT32_MAX, Token
@@ -145,9 +145,9 @@ class Llama(Facts, Completions):
         self._parameters = dict(task_of("", given).args)
         self._rest = own | {"draft_model": draft_model}
         limits = Limits(deadline, memory_limit)
-        path = Path(model_path).absolute()
+        path = located(model_path)
         _check_model(path)
-        lora = {"lora_path": str(Path(lora_path).absolute())} if lora_path else {}  # as the model's
+        lora = {"lora_path": str(located(lora_path))} if lora_path else {}  # as the model's
         config = LlamaConfig(str(path), self._parameters | lora, lookup)
         reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
         cells = Cells.of(config, limits, reporter, start, spares, "llama")

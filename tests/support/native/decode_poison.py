@@ -26,6 +26,7 @@ class Poison(msgspec.Struct, frozen=True):
     position: int = -1  # and only at this position
     min_tokens: int = 1  # only with so many tokens in one native call
     min_sequences: int = 1
+    after: str = ""  # only when there is this file
     once: str = ""  # a file that the first death makes; there is no second one
     how: str = "segv"  # segv, null_seq_id, use_after_free, wait, or interrupt
     fifo: str = ""  # wait: told by opening it
@@ -49,7 +50,7 @@ class PoisonCell(DecodeCell):
         if poison.position >= 0:
             hit &= positions == poison.position
         many = len(tokens) >= poison.min_tokens and len(np.unique(seq_ids)) >= poison.min_sequences
-        if not (hit.any() and many):
+        if not (hit.any() and many) or (poison.after and not Path(poison.after).exists()):
             return False
         if poison.once:
             try:

@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -19,11 +18,9 @@ from crumplezone.reports.records.report import Evidence, Step
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.child.loop import Room
-from crumplezone.sandbox.process.launch import spawn
-from crumplezone.sandbox.process.process import Process
+from crumplezone.sandbox.process.launch import Launcher, spawn
 
 TARGET = f"{__name__}:Tricks"
-Start = Callable[[Mapping[str, str]], Process]
 
 
 class Config(msgspec.Struct):
@@ -65,7 +62,7 @@ class Tricks:
 
 
 def perform(
-    code: str, deadline: float = 30, config: Config | None = None, start: Start = spawn, **options: Any
+    code: str, deadline: float = 30, config: Config | None = None, start: Launcher = spawn, **options: Any
 ) -> Evidence:
     """The evidence of a cell that the code ends."""
     cell = Cell(CellSpec(TARGET, config or Config(), start_deadline=60, **options), start)

@@ -183,13 +183,14 @@ def test_the_innocent_go_on_and_the_guilty_are_as_they_were(
 
 
 def test_a_memory_that_kills_every_cell_is_lost_once(
-    tiny: Path, make: Open, store: Store, dose: Dose
+    tiny: Path, make: Open, store: Store, dose: Dose, tmp_path: Path
 ) -> None:
-    dose(Poison(token=127))
+    now = tmp_path / "now"
+    dose(Poison(token=42, after=str(now)))
     decoder = make(tiny, spares=0)
     say(decoder, 0, *WORDS)
     say(decoder, 1, 42)
-    dose(Poison(token=42))  # of the cells to come
+    now.touch()
     kill(decoder)
     with pytest.raises(MemoryLostError, match="it is empty now: decode from 0 again"):
         decoder.memory.copy(0, 2)
@@ -200,11 +201,14 @@ def test_a_memory_that_kills_every_cell_is_lost_once(
     assert held(decoder)[0] == (0, 7)
 
 
-def test_a_memory_that_is_lost_in_the_middle_of_a_decode(tiny: Path, make: Open, dose: Dose) -> None:
-    dose(Poison(token=127))
+def test_a_memory_that_is_lost_in_the_middle_of_a_decode(
+    tiny: Path, make: Open, dose: Dose, tmp_path: Path
+) -> None:
+    now = tmp_path / "now"
+    dose(Poison(token=42, after=str(now)))
     decoder = make(tiny, spares=0)
     say(decoder, 1, 42)
-    dose(Poison(token=42))
+    now.touch()
     kill(decoder)
     with pytest.raises(MemoryLostError):
         say(decoder, 0, *WORDS)
