@@ -19,6 +19,7 @@ from typing import Self
 
 from crumplezone.errors import InputError
 from crumplezone.sandbox.ipc.scarcity import SCARCE, no_cell
+from crumplezone.sandbox.ipc.unpatched import refuse_patched
 
 _OWN_PROGRAM = "/proc/self/exe"
 _CHECK_DEADLINE = 30.0  # seconds
@@ -46,8 +47,10 @@ class Surroundings:
 
         Raises:
             InputError: There is no program that is this Python.
+            UsageError: No cell can work beside what has been done to this process.
             CrumplezoneError: The machine has no process or descriptor to find that out.
         """
+        refuse_patched()
         directory = _directory()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_import_path(directory))}
         # A thread that waits for another spins so often before it sleeps; libgomp's 300,000 times are 3 ms.

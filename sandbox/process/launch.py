@@ -15,6 +15,7 @@ from typing import Any
 from crumplezone.sandbox.ipc.arena import Arena
 from crumplezone.sandbox.ipc.scarcity import too_large
 from crumplezone.sandbox.ipc.surroundings import Surroundings
+from crumplezone.sandbox.ipc.unpatched import refuse_patched
 from crumplezone.sandbox.process.lines import Ends, Lines, fault_pipe, forks_wait, open_lines, socket_pair
 from crumplezone.sandbox.process.process import Child, Process, reap_own
 
@@ -79,6 +80,7 @@ def launch(start: Callable[[Ends], Child]) -> Process:
     Raises:
         OSError: The process or one of its descriptors could not be made.
     """
+    refuse_patched()  # since its owner was made
     with stdio_taken(), contextlib.ExitStack() as child_ends, contextlib.ExitStack() as ours:
         with forks_wait():
             open_lines.update((child_ends, ours))

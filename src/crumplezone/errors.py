@@ -163,7 +163,7 @@ class NotShownError(CrumplezoneError):
 
 
 class UsageError(CrumplezoneError):
-    """An object used out of turn: closed, in another process, or busy."""
+    """Something used where it cannot work: closed, busy, in another process, or in one that is patched."""
 
 
 class ReportError(CrumplezoneError):
