@@ -100,7 +100,7 @@ def read(path: Path, *, missing_ok: bool = False) -> Baseline:
         InputError: It cannot be read, or is no baseline.
     """
     try:
-        data, _ = files.read(Path(os.path.realpath(path)), MAX_BYTES)
+        data = files.unmarked(files.read(Path(os.path.realpath(path)), MAX_BYTES)[0])
         version = msgspec.json.decode(data, type=_Version).schema_version
         if version > SCHEMA_VERSION:
             limit = (

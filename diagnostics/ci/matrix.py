@@ -124,7 +124,7 @@ def read(path: Path) -> Matrix:
         InputError: It cannot be read, or is no matrix; says everything that is wrong with it.
     """
     try:
-        text = files.read(Path(os.path.realpath(path)), MAX_BYTES)[0].decode()
+        text = files.unmarked(files.read(Path(os.path.realpath(path)), MAX_BYTES)[0]).decode()
     except OSError as error:
         raise InputError("--matrix", str(path), f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import secrets
@@ -45,6 +46,11 @@ def read(name: str | Path, limit: int, folder: int | None = None) -> tuple[bytes
             return file.read(limit), found
     finally:
         os.close(descriptor)
+
+
+def unmarked(data: bytes) -> bytes:
+    """Text in UTF-8 without the byte-order mark that editors on Windows put in front."""
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def replace(

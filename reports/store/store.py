@@ -358,6 +358,7 @@ def _read(path: Path) -> _File:
 
 def _decode(data: bytes, name: str) -> Report:
     try:
+        data = files.unmarked(data)
         version = msgspec.json.decode(data, type=_Version).schema_version
         # Asked first: a newer report may well fail to decode, and "corrupt" would be the wrong remedy.
         if version > schema.SCHEMA_VERSION:

@@ -34,7 +34,7 @@ class LlamaGrammar:
     @classmethod
     def from_file(cls, file: str | Path, verbose: bool = True) -> Self:
         """A grammar of a file of GBNF text."""
-        return cls.from_string(Path(file).read_text("utf-8"), verbose)
+        return cls.from_string(Path(file).read_text("utf-8-sig"), verbose)
 
     @classmethod
     def from_json_schema(cls, json_schema: str, verbose: bool = True) -> Self:  # noqa: ARG003 - as above

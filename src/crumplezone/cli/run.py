@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crumplezone.cli.output import is_quiet
 from crumplezone.errors import InputError
+from crumplezone.reports.store import files
 from crumplezone.workers.decoder import Decoder
 from crumplezone.workers.generate.completion import Completion
 from crumplezone.workers.model.file import embedded_model
@@ -69,7 +70,7 @@ def read_prompts(source: str) -> list[str]:
         raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
         raise InputError("--prompts", source, f"cannot be read: {error.strerror}") from error
-    lines = raw.split(b"\n")
+    lines = files.unmarked(raw).split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     is_json = source.endswith((".jsonl", ".json"))
@@ -129,7 +130,7 @@ class Output:
         whole = data.rfind(b"\n") + 1
         remedy = "is not an answer to these prompts; give another --out"
         done: set[int] = set()
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        for number, line in enumerate(files.unmarked(data[:whole]).splitlines(), 1):
             field = f"line {number} of --out {self.path}"
             try:
                 written = msgspec.json.decode(line, type=Written)
