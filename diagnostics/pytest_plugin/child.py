@@ -16,7 +16,7 @@ from _pytest.runner import runtestprotocol  # what plugins that run tests themse
 
 from crumplezone.diagnostics.pytest_plugin.notes import Ended, Left, Notes, Reported, Warned
 from crumplezone.reports.records.report import Frame
-from crumplezone.sandbox.child.arm import die_with, hold_on_fault, stand_down
+from crumplezone.sandbox.child.arm import FATAL, die_with, hold_on_fault, stand_down
 from crumplezone.sandbox.ipc.exit_marks import ExitMarks
 from crumplezone.sandbox.process.lines import Ends
 from crumplezone.sandbox.process.log_relay import LogRelay
@@ -110,7 +110,7 @@ def live(item: pytest.Item, birth: Birth, notes: Notes, relay: LogRelay) -> NoRe
         _note_exits(notes)
         if birth.ignored:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, birth.mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, birth.mask - {*FATAL})
         _perform(item, notes)
         status = 0
         marks.finished()

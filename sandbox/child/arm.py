@@ -15,7 +15,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-_FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
+FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 _SA_SIGINFO, _SA_ONSTACK = 4, 0x08000000
 _ALTSTACK_SIZE = 128 * 1024  # a frame with AVX-512 and AMX state takes 11 KiB, faulthandler little more
 _F_SETSIG = 10
@@ -70,7 +70,7 @@ def _stand_behind(libc: ctypes.CDLL, *, park: bool) -> None:
     handler = ctypes.cast(libc.pause, ctypes.c_void_p).value if park else None
     action = _SigAction(handler=handler, flags=_SA_ONSTACK)
     ctypes.memset(ctypes.byref(action, _SigAction.mask.offset), 0xFF, _SigAction.mask.size)
-    for signum in _FATAL:
+    for signum in FATAL:
         libc.sigaction(int(signum), ctypes.byref(action), None)
 
 
@@ -87,6 +87,9 @@ def hold_on_fault(fault_fd: int, tracer: int, *, park: bool = True) -> None:
         park: False: it dies of its signal instead, which its parent sees then. A second thread that faults
             ends the process too.
     """
+    # Whatever thread of the supervisor's has started this, its mask was inherited. A fault whose signal is
+    # blocked ends the process at once (signal(7)).
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FATAL)
     libc = ctypes.CDLL(None, use_errno=True)
     known_machine = platform.machine() in {"x86_64", "aarch64"}
     # PYTHONFAULTHANDLER enables it too; enabled a second time it would not install its handlers again.
@@ -96,7 +99,7 @@ def hold_on_fault(fault_fd: int, tracer: int, *, park: bool = True) -> None:
     _enable(file=fault_fd, **_OPTIONS)
     if known_machine:
         # Kernels copy siginfo into the signal frame only with SA_SIGINFO, which CPython does not set.
-        for signum in _FATAL:
+        for signum in FATAL:
             action = _SigAction()
             if libc.sigaction(int(signum), None, ctypes.byref(action)) == 0 and action.handler:
                 action.flags |= _SA_SIGINFO | _SA_ONSTACK
