@@ -19,6 +19,7 @@ from crumplezone.diagnostics.ci.case import Case
 from crumplezone.diagnostics.ci.runner import unknown
 from crumplezone.errors import CrumplezoneError
 from crumplezone.reports.records.run import CaseRecord
+from crumplezone.sandbox.ipc.channel import ProtocolError, decoded
 from crumplezone.sandbox.ipc.scarcity import remedy
 from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.launch import run_python
@@ -107,9 +108,12 @@ class _Runner:
         case, self._case = self._case, None
         assert case is not None
         try:
-            return msgspec.msgpack.decode(self.line.recv_bytes(), type=CaseRecord)
-        except (EOFError, OSError):
+            return decoded(msgspec.msgpack.Decoder(CaseRecord).decode, self.line.recv_bytes())
+        except (EOFError, OSError, ProtocolError) as error:
             self.dead = True
+            if isinstance(error, ProtocolError):
+                _log.error("%s sent what is no record: %s", self._process.pid, error)
+                self._process.kill()
             code = self._process.wait()
             how = f"was killed by {_signal(-code)}" if code < 0 else f"exited with {code}"
             detail = f"the process {self._process.pid} that ran this case {how}; nothing is known of the case"

@@ -8,7 +8,7 @@ import re
 from pathlib import PurePosixPath
 
 from crumplezone.reports.records.report import Mapping, Thread
-from crumplezone.sandbox.process.procfs import Map, SystemCall, find_map, read_text, threads
+from crumplezone.sandbox.process.procfs import Map, SystemCall, find_map, read_text, sizes, threads
 
 _MAPS_MAX = 4096
 _THREADS_MAX = 1024
@@ -26,14 +26,12 @@ _CALLS = {
         207: "recvfrom", 212: "recvmsg", 222: "mmap", 260: "wait4",
     },
 }  # fmt: skip
-_KILOBYTES = re.compile(r"^(Vm\w+|Rss\w+):\s+(\d+) kB$", re.MULTILINE)
 _LIMIT = re.compile(r"^(Max [a-z -]+?)\s{2,}(\S+)\s+\S+[ ]*(\S*)[ ]*$", re.MULTILINE)
 
 
 def memory(pid: int) -> dict[str, int]:
-    """The sizes of /proc/PID/status ("VmHWM" is the peak of "VmRSS"), in bytes."""
-    status = read_text(f"/proc/{pid}/status")
-    return {name: int(size) * 1024 for name, size in _KILOBYTES.findall(status)}
+    """Its sizes, see `sizes`."""
+    return sizes(pid)
 
 
 def limits(pid: int) -> dict[str, str]:

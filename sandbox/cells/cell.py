@@ -10,17 +10,18 @@ import signal
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
+import numpy.typing as npt
 
-from crumplezone.errors import CellDied, CellRefused, UsageError
+from crumplezone.errors import CellDied, CellRefused, ShortageError, UsageError
 from crumplezone.reports.records.report import Exit, Frame
 from crumplezone.sandbox.autopsy import autopsy
 from crumplezone.sandbox.autopsy.incident import Incident
-from crumplezone.sandbox.ipc.arena import Arena
+from crumplezone.sandbox.ipc.arena import Arena, Shape
 from crumplezone.sandbox.ipc.channel import (
     Answer,
     Ask,
@@ -33,12 +34,14 @@ from crumplezone.sandbox.ipc.channel import (
     Ready,
     Reply,
     Start,
+    decoded,
 )
 from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.cgroup import oom_kills
 from crumplezone.sandbox.process.drain import abandon, drained
 from crumplezone.sandbox.process.launch import Launcher, spawn
 from crumplezone.sandbox.process.process import POLL_MAX
+from crumplezone.sandbox.process.procfs import sizes
 
 _CLOSE_GRACE_MS = 500
 _CLOSED = "this cell was closed by another thread in the middle of a call"
@@ -127,9 +130,68 @@ class Cell:
     def info(self, kind: type[_T]) -> _T:
         """The service's description of itself, checked against a type."""
         try:
-            return msgspec.msgpack.decode(self._info, type=kind)
-        except msgspec.MsgspecError as error:
+            return decoded(msgspec.msgpack.Decoder(kind).decode, self._info)
+        except ProtocolError as error:
             raise self._broken(f"described itself wrongly: {error}") from error
+
+    def arrays(self, shapes: Sequence[Shape]) -> list[npt.NDArray[Any]]:
+        """Views of the arena, see `Arena.arrays`.
+
+        Raises:
+            ShortageError: There is no memory for it.
+            CellDied: The child has changed its size.
+            UsageError: The cell was closed by another thread.
+        """
+        with self._using_arena():
+            self.arena.held()
+            return self.arena.arrays(shapes)
+
+    def reserve(self, shapes: Sequence[Shape]) -> None:
+        """Have room for these arrays.
+
+        Raises:
+            ShortageError, CellDied, UsageError: As `arrays`.
+        """
+        with self._using_arena():
+            self.arena.reserve(shapes)
+
+    def taken(self, size: int) -> bytes:
+        """What the child has put into the arena, see `Arena.taken`.
+
+        Raises:
+            ShortageError, CellDied, UsageError: As `arrays`; also if there cannot be so much.
+        """
+        self.check_written(size)
+        with self._using_arena():
+            return self.arena.taken(size)
+
+    def check_written(self, size: int) -> None:
+        """Before so many bytes of the arena are copied: no more than there are, written by whomever.
+
+        Raises:
+            CellDied, UsageError: As `arrays`.
+        """
+        with self._using_arena():
+            if size > min(self.arena.held(), self.arena.room):
+                raise ProtocolError(f"says that it wrote {size} bytes, which it did not")
+
+    @contextlib.contextmanager
+    def _using_arena(self) -> Iterator[None]:
+        try:
+            yield
+        except ProtocolError as error:
+            raise self._broken(str(error)) from error
+        except (OSError, ValueError, ShortageError) as error:
+            if self.alive:
+                raise
+            raise UsageError(_CLOSED) from error
+
+    def resident(self) -> int:
+        """Bytes that it has in memory or in swap, by the kernel's count; 0: it has ended."""
+        with contextlib.suppress(OSError):
+            found = sizes(self.pid)
+            return found.get("VmRSS", 0) + found.get("VmSwap", 0)
+        return 0
 
     def call(
         self,
@@ -177,8 +239,8 @@ class Cell:
         if not isinstance(frame, Reply) or frame.id != call_id:
             raise self._broken("answered another request than the one it was sent")
         try:
-            return msgspec.msgpack.decode(frame.body, type=reply)
-        except msgspec.MsgspecError as error:
+            return decoded(msgspec.msgpack.Decoder(reply).decode, frame.body)
+        except ProtocolError as error:
             raise self._broken(f"sent a reply that does not decode: {error}") from error
 
     def _answer(
@@ -234,10 +296,7 @@ class Cell:
         abandon(self._process, self._drain, self._owner)
 
     def _exchange(self, frame: msgspec.Struct, deadline: float | None, fds: Sequence[int] = ()) -> object:
-        with contextlib.suppress(ChannelClosed):  # it died between two calls: the wait below finds out how
-            self._channel.send(frame)
-            if fds:
-                self._channel.send_fds(fds)
+        self._post(frame, fds)
         sock, fault = self._process.lines.sock.fileno(), self._process.lines.fault_fd
         end = None if deadline is None else time.monotonic() + deadline
         while True:
@@ -258,6 +317,17 @@ class Cell:
                 self._poller.unregister(fault)
             if end is not None and time.monotonic() >= end:
                 raise self.condemn(Exit.HANG, "no reply within the deadline")
+
+    def _post(self, frame: msgspec.Struct, fds: Sequence[int]) -> None:
+        try:
+            with contextlib.suppress(ChannelClosed):  # it died between two calls: who waits finds out how
+                self._channel.post(frame, fds)
+        except ProtocolError as error:
+            raise self._broken(f"takes no answer: {error}") from error
+        except (OSError, ValueError) as error:
+            if self.alive:
+                raise
+            raise UsageError(_CLOSED) from error
 
     def _gone(self) -> CellDied:
         """End of file: dead, held (its fault is in the pipe), or alive and silent."""
@@ -284,7 +354,7 @@ class Cell:
         process = self._process
         if self._finalizer.detach() is None:
             raise UsageError(_CLOSED)
-        now = dt.datetime.now(dt.UTC)
+        now, condemned = dt.datetime.now(dt.UTC), condemned or self._drain.condemned
         death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, condemned)
         incident = Incident(self._phase, now, autopsy.begin(death), _caller_stack())
         how = "crashed" if held else condemned[1] if condemned else "died"

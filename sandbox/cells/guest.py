@@ -162,7 +162,7 @@ class Guest:
     def _ended(self) -> int | Incident:
         code = self._process.kill()  # nobody: this reaps it, and ends what is left of its group
         native_exit = code is not None and code >= 0 and self._process.lines.arena.native_exit()
-        if code is None or -code in _FATAL or native_exit or self._drain.over_memory:
+        if code is None or -code in _FATAL or native_exit or self._drain.over_memory or self._drain.condemned:
             return self._lost()
         if self._finalizer.detach() is not None:
             abandon(self._process, self._drain, self._owner)
@@ -173,7 +173,7 @@ class Guest:
         """Hand the process to the autopsy."""
         if self._finalizer.detach() is None:
             raise UsageError("this guest was closed by another thread")
-        now = dt.datetime.now(dt.UTC)
+        now, condemned = dt.datetime.now(dt.UTC), condemned or self._drain.condemned
         death = autopsy.Death(self._process, self._drain, _PHASE, self._oom_kills, held, condemned)
         self._outcome = incident = Incident(_PHASE, now, autopsy.begin(death), [])
         return incident

@@ -6,17 +6,23 @@ data zone that both sides cut into arrays by the same rule: in order, each align
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
+import functools
+import io
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from crumplezone.errors import ShortageError
 from crumplezone.reports.records.report import Phase
 from crumplezone.sandbox.ipc import flight_recorder as recorder
+from crumplezone.sandbox.ipc.channel import ProtocolError
 from crumplezone.sandbox.ipc.exit_marks import EXITED_AT, FINISHED_AT
 
 _RECORDER_AT = mmap.PAGESIZE
@@ -40,24 +46,61 @@ def offsets(shapes: Sequence[Shape]) -> list[int]:
     return at
 
 
+_RESIZED = "changed the size of its arena, which only the supervisor does"
+_PUNCH_HOLE = 3  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE (fallocate(2))
+_PIECE, _KEPT = 2**22, 2**26  # bytes that are copied at once; of more than this, no page is kept
+
+
+def _made() -> int:
+    """A memfd of its smallest size."""
+    fd = os.memfd_create("crumplezone-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, HEADER)
+        # A child that shrank the file would turn the supervisor's next read into SIGBUS; one that sealed
+        # it against growth would fail the next request.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@functools.cache
+def huge_page() -> int:
+    """Bytes by which shared memory may exceed the size of its file: the kernel may back its end by one."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return mmap.PAGESIZE
+
+
+@contextlib.contextmanager
+def _told(need: int) -> Iterator[None]:
+    """Of what cannot be had, one kind of error: the system says it in several."""
+    try:
+        yield
+    except (OSError, MemoryError, OverflowError, ValueError) as error:
+        needed = f"{need} bytes of memory shared with a cell"
+        raise ShortageError(needed, str(error) or "no memory") from error
+
+
 class Arena:
     """Shared memory of one cell, grown by the supervisor only.
 
     Args:
         fd: Descriptor of an existing memfd (child), or None to make one (supervisor).
+
+    Raises:
+        OSError: There is no memory or descriptor left.
     """
 
     def __init__(self, fd: int | None = None) -> None:
         self._owner = fd is None
-        if fd is None:
-            fd = os.memfd_create("crumplezone-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(fd, HEADER)
-            # A child that shrank the file would turn the supervisor's next read into SIGBUS; one that sealed
-            # it against growth would fail the next request.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-        self.fd = fd
+        self._given = HEADER  # the largest size that the supervisor ever wanted the file to have
+        self.fd = _made() if fd is None else fd
         try:
-            self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+            self._map = mmap.mmap(self.fd, HEADER)
             self._cut: tuple[tuple[Shape, ...], list[npt.NDArray[Any]]] = (), []  # as it was cut last
         except BaseException:  # no memory, or no descriptor: a map keeps one of its own
             self.close()
@@ -65,20 +108,57 @@ class Arena:
 
     @property
     def room(self) -> int:
-        """Bytes of the data zone."""
-        return os.fstat(self.fd).st_size - HEADER
+        """Bytes of the data zone: the supervisor goes by what it has mapped, the child by the file."""
+        return (len(self._map) if self._owner else os.fstat(self.fd).st_size) - HEADER
 
     def reserve(self, shapes: Sequence[Shape]) -> None:
-        """Make room for these arrays. Sparse: memory is used only where it is touched."""
+        """Make room for these arrays. Sparse: memory is used only where it is touched.
+
+        What fails, or is interrupted, changes nothing for the next one: a file that is larger than what is
+        mapped does no harm.
+
+        Raises:
+            ShortageError: There is no memory or descriptor for it.
+            ProtocolError: The child has changed its size.
+        """
         need = HEADER + offsets(shapes)[-1]
         if need > len(self._map):
-            if self._owner:
-                os.ftruncate(self.fd, need)
-            self._map = mmap.mmap(self.fd, os.fstat(self.fd).st_size)
+            with _told(need):
+                if self._owner:
+                    self._grow(need)
+                grown = mmap.mmap(self.fd, need)
             self._cut = (), []
+            self._map = grown
+
+    def _grow(self, need: int) -> None:
+        self.held()
+        # Noted first: if the next line is the last that is run, the file may have this size, or not.
+        self._given = max(self._given, need)
+        try:
+            if os.fstat(self.fd).st_size < need:
+                os.ftruncate(self.fd, need)
+        except PermissionError as error:  # it may not shrink, so somebody has just made it larger still
+            raise ProtocolError(_RESIZED) from error
+
+    def held(self) -> int:
+        """Supervisor: bytes of memory behind it, whoever has them mapped.
+
+        Raises:
+            ProtocolError: The child has changed its size, or allocated behind its end (fallocate(2)).
+            OSError: It is closed.
+        """
+        found = os.fstat(self.fd)
+        held = found.st_blocks * 512
+        if found.st_size > self._given or held > self._given + huge_page():
+            raise ProtocolError(_RESIZED)
+        return held
 
     def arrays(self, shapes: Sequence[Shape]) -> list[npt.NDArray[Any]]:
-        """Views of the data zone, cut into these arrays. Copy what must outlive the next call."""
+        """Views of the data zone, cut into these arrays. Copy what must outlive the next call.
+
+        Raises:
+            ShortageError, ProtocolError: As `reserve`.
+        """
         wanted = tuple(shapes)
         if wanted != self._cut[0]:
             self.reserve(wanted)
@@ -87,9 +167,34 @@ class Arena:
             self._cut = wanted, views
         return self._cut[1].copy()
 
+    def left(self, shapes: Sequence[Shape]) -> list[npt.NDArray[Any]]:
+        """Supervisor: as `arrays`, of what a lost child has left; zeros if it never had these."""
+        if HEADER + offsets(shapes)[-1] > len(self._map):
+            return [np.zeros(count, dtype) for dtype, count in shapes]
+        return self.arrays(shapes)
+
+    def taken(self, size: int) -> bytes:
+        """Supervisor: the first bytes of the data zone.
+
+        Of much, the pages are given back to the system as it is copied: it is never there twice.
+
+        Raises:
+            ShortageError: There is no memory for it.
+        """
+        into = io.BytesIO()
+        with _told(size), memoryview(self._map) as whole:
+            for at in range(HEADER, HEADER + size, _PIECE):
+                n = min(_PIECE, HEADER + size - at)
+                into.write(whole[at : at + n])
+                if size > _KEPT:
+                    with contextlib.suppress(OSError):  # not every kernel can
+                        self._map.madvise(mmap.MADV_REMOVE, at, n)
+            return into.getvalue()
+
     def nudge(self) -> None:
         """Supervisor: ask the child to end its call early. This lasts until it is seen, in whichever call."""
-        self._map[_NUDGE_AT] = 1
+        with contextlib.suppress(ValueError):  # released: there is no child
+            self._map[_NUDGE_AT] = 1
 
     def nudged(self) -> bool:
         """Child: whether there was a nudge since the last look."""
@@ -123,7 +228,20 @@ class Arena:
         return recorder.read(self._map[_RECORDER_AT:HEADER], end)
 
     def close(self) -> None:
-        """Close the descriptor; the map goes with its last view."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Close the descriptor. The map stays for whoever asks what a lost child has left.
+
+        It keeps all of the file's memory: what the child has added is given back.
+        """
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            if self._owner:
+                end = ctypes.c_int64(-(-self._given // mmap.PAGESIZE) * mmap.PAGESIZE)
+                ctypes.CDLL(None).fallocate(fd, _PUNCH_HOLE, end, ctypes.c_int64(2**62))
+            os.close(fd)
+
+    def release(self) -> None:
+        """Close everything, where nobody asks; under a view that is left, the map goes with that."""
+        self.close()
+        self._cut = (), []
+        with contextlib.suppress(BufferError):
+            self._map.close()

@@ -1,15 +1,24 @@
 """Frames between a supervisor and a cell: msgspec structs over a SOCK_SEQPACKET socket.
 
 One packet is one frame, so a cell killed in the middle of a send leaves no half frame behind. Frames are
-small (bulk data goes through the arena); what is larger or does not decode is a `ProtocolError`.
+small (bulk data goes through the arena); one that is larger or does not decode is a `ProtocolError`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import socket
-from collections.abc import Sequence
+import struct
+import termios
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
+
+from crumplezone.errors import InputError
+
+_T = TypeVar("_T")
+_INT = struct.Struct("i")
 
 MAX_FRAME = 128 * 1024  # below Linux's default SO_SNDBUF (net.core.wmem_default, 212992)
 CREATED_MAX = 2.0**37  # of a log record, seconds since 1970: in the year 6325; formatters can show up to 9999
@@ -87,6 +96,22 @@ class ChannelClosed(Exception):
     """The peer's end is closed."""
 
 
+def decoded(decode: Callable[[Any], _T], data: bytes | msgspec.Raw) -> _T:
+    """Decode what another process has sent: whatever is wrong with it is that process's fault.
+
+    Args:
+        decode: Of a msgspec decoder.
+        data: What was sent.
+
+    Raises:
+        ProtocolError: It is cut short, of another type, nested too deep, no UTF-8, or has too large a number.
+    """
+    try:
+        return decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError) as error:
+        raise ProtocolError(str(error) or type(error).__name__) from error
+
+
 class Channel:
     """One end of a cell's socket.
 
@@ -102,31 +127,50 @@ class Channel:
         self._room = memoryview(bytearray(MAX_FRAME))
 
     def send(self, frame: msgspec.Struct) -> None:
-        """Send one frame.
+        """Send one frame (blocks).
 
         Raises:
-            ProtocolError: The frame is too large.
+            InputError: The frame is too large.
             ChannelClosed: The peer is gone.
         """
+        self._send(self._bytes(frame), (), 0)
+
+    def post(self, frame: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+        """Send one frame to a child that has read all before it, as one does that is asked. Never waits.
+
+        Args:
+            frame: The frame.
+            fds: Descriptors whose copies follow in a packet of their own. Only a child that asks for them
+                receives any: `receive` has no room for them, and the kernel then closes what was sent
+                (recvmsg(2)). A supervisor never asks.
+
+        Raises:
+            InputError: The frame is too large.
+            ProtocolError: The child has not read.
+            ChannelClosed: The peer is gone.
+        """
+        data = self._bytes(frame)
+        if _INT.unpack(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(_INT.size)))[0]:
+            raise ProtocolError("it has not read what it was sent before")
+        try:
+            self._send(data, (), socket.MSG_DONTWAIT)
+            if fds:
+                self._send(b"fds", fds, socket.MSG_DONTWAIT)
+        except BlockingIOError as error:
+            raise ProtocolError("it has no room for a frame") from error
+
+    def _bytes(self, frame: msgspec.Struct) -> bytes:
         data = self._encode(frame)
         if len(data) > MAX_FRAME:
-            raise ProtocolError(f"frame of {len(data)} bytes: at most {MAX_FRAME}")
+            raise InputError("request", f"{len(data)} bytes", f"must be at most {MAX_FRAME} bytes")
+        return data
+
+    def _send(self, data: bytes, fds: Sequence[int], flags: int) -> None:
         try:
-            self.sock.send(data, socket.MSG_NOSIGNAL)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise ChannelClosed from error
-
-    def send_fds(self, fds: Sequence[int]) -> None:
-        """Send copies of descriptors, in a packet of their own.
-
-        Only a child that asks for them receives any: `receive` has no room for them, and the kernel then
-        closes what was sent (recvmsg(2)). A supervisor never asks.
-
-        Raises:
-            ChannelClosed: The peer is gone.
-        """
-        try:
-            socket.send_fds(self.sock, [b"fds"], fds, socket.MSG_NOSIGNAL)
+            if fds:
+                socket.send_fds(self.sock, [data], fds, socket.MSG_NOSIGNAL | flags)
+            else:
+                self.sock.send(data, socket.MSG_NOSIGNAL | flags)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosed from error
 
@@ -145,7 +189,4 @@ class Channel:
             raise ProtocolError(f"frame larger than {MAX_FRAME} bytes")
         if not n:
             raise ChannelClosed
-        try:
-            return self._decode(bytes(self._room[:n]))  # a copy: what is Raw in a frame refers to it
-        except msgspec.MsgspecError as error:
-            raise ProtocolError(str(error)) from error
+        return decoded(self._decode, bytes(self._room[:n]))  # a copy: what is Raw in a frame refers to it

@@ -19,15 +19,17 @@ from collections import deque
 import msgspec
 import psutil
 
-from crumplezone.reports.records.report import Sample
-from crumplezone.sandbox.ipc.channel import CREATED_MAX, MAX_FRAME, LogLine
+from crumplezone.reports.records.report import Exit, Sample
+from crumplezone.sandbox.ipc.channel import CREATED_MAX, MAX_FRAME, LogLine, ProtocolError, decoded
 from crumplezone.sandbox.process.process import Process
+from crumplezone.sandbox.process.procfs import sizes
 
 _STDERR_TAIL = 64 * 1024
 _LOG_TAIL = 200
 _STOP_GRACE = 1.0  # seconds for what was logged last
 _UNDELIVERED_MAX = 4096  # log records that wait for a slow handler; what comes then is only counted
-_NAMES_MAX = 256  # logging keeps every logger for ever: a hostile cell must not fill memory with names
+_NAMES_MAX = 1024  # of loggers that all cells of this process may add
+_LEVEL_MAX = 100  # a logger keeps something for each level that it was ever asked about
 _SAMPLES = 64
 _STOPPED_MAX = 2.0  # seconds that somebody else may have a cell stopped: until it goes on it is of no use
 _PERIOD, _PERIOD_WITH_LIMIT = 0.1, 0.02  # seconds between samples, of some 0.06 ms of processor time each
@@ -40,13 +42,36 @@ def _bounded(line: LogLine) -> LogLine:
     """The child keeps these bounds too, but a child is not to be trusted."""
     return LogLine(
         line.name[:_NAME_MAX],
-        line.level,
+        min(max(line.level, 0), _LEVEL_MAX),
         line.message[:_MESSAGE_MAX],
         line.created if 0 <= line.created <= CREATED_MAX else time.time(),  # not a number, either
         line.thread[:_NAME_MAX],
         line.path[:_PATH_MAX],
         line.line,
     )
+
+
+class _Loggers:
+    """Those that cells log by. Logging keeps each for ever, and one for each dot in its name."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = _NAMES_MAX
+
+    def named(self, name: str) -> logging.Logger:
+        """The logger of this name; this module's if there would be too many then that only cells use."""
+        if name not in {"", "root"}:
+            known = logging.root.manager.loggerDict
+            places = [name[:i] for i, letter in enumerate(name) if letter == "."]
+            with self._lock:
+                new = len([place for place in {*places, name} if place not in known])
+                if new > self._left:
+                    return _log
+                self._left -= new
+        return logging.getLogger(name)
+
+
+_loggers = _Loggers()
 
 
 class OutputTail:
@@ -79,7 +104,8 @@ class Drain:
 
     Attributes:
         over_memory: It was killed for its memory.
-        stopped: Somebody else had stopped it.
+        condemned: Or for something else that nothing honest does.
+        stopped: Or because somebody else had stopped it.
         watched: Whether to look for that; the supervisor stops what it examines.
     """
 
@@ -94,12 +120,12 @@ class Drain:
         self.over_memory = self.stopped = False
         self.watched = not stoppable
         self._stopped_at = 0.0  # CLOCK_MONOTONIC, seconds; 0: it was not stopped when it was last looked at
+        self.condemned: tuple[Exit, str] | None = None
         self.peak_rss: int | None = None
         self._stderr = stderr or OutputTail()
         self._logs: deque[str] = deque(maxlen=_LOG_TAIL)
         self._undelivered: queue.SimpleQueue[LogLine | None] = queue.SimpleQueue()
         self._dropped = 0
-        self._names: set[str] = set()
         self._decode = msgspec.msgpack.Decoder(LogLine).decode
         self._limit = memory_limit
         self._period = _PERIOD_WITH_LIMIT if memory_limit else _PERIOD
@@ -193,8 +219,8 @@ class Drain:
             if not data:
                 return False
             try:
-                line = _bounded(self._decode(data))
-            except msgspec.MsgspecError:
+                line = _bounded(decoded(self._decode, data))
+            except ProtocolError:
                 what = f"cell {self._process.pid} sent a log record that does not decode"
                 line = LogLine(__name__, logging.WARNING, what, time.time())
             level = logging.getLevelName(line.level)
@@ -213,14 +239,9 @@ class Drain:
                 _log.debug("a log record could not be delivered", exc_info=True)
 
     def _log(self, line: LogLine) -> None:
-        name = line.name
-        if name not in self._names:
-            if len(self._names) >= _NAMES_MAX:
-                name = __name__
-            self._names.add(name)
-        logger = logging.getLogger(name)
+        logger = _loggers.named(line.name)
         if logger.isEnabledFor(line.level):
-            record = logging.LogRecord(name, line.level, line.path, line.line, line.message, (), None)
+            record = logging.LogRecord(logger.name, line.level, line.path, line.line, line.message, (), None)
             record.created = line.created
             record.msecs = line.created % 1 * 1000
             record.threadName = line.thread
@@ -239,9 +260,22 @@ class Drain:
             return
         self._look_stopped(stopped=state == psutil.STATUS_STOPPED)
         self._samples.append((time.monotonic_ns(), rss, times.user + times.system))
-        self.peak_rss = max(self.peak_rss or 0, rss)
-        if self._limit and rss > self._limit and not self.over_memory:
-            self.over_memory = True
+        self._judge(rss)
+
+    def _judge(self, rss: int) -> None:
+        """Kill it if it takes what it may not."""
+        if self.over_memory or self.condemned:
+            return
+        try:
+            taken = self._taken(rss)
+        except ProtocolError as error:
+            self.condemned = Exit.PROTOCOL, f"the cell {error}; killed by the supervisor"
+        except OSError:  # it is being closed
+            return
+        else:
+            self.peak_rss = max(self.peak_rss or 0, taken)
+            self.over_memory = bool(self._limit and taken > self._limit)
+        if self.over_memory or self.condemned:
             self._process.signal(signal.SIGKILL)
 
     def _look_stopped(self, *, stopped: bool) -> None:
@@ -250,6 +284,17 @@ class Drain:
         if stopped and self.watched and now - self._stopped_at > _STOPPED_MAX:
             self.watched, self.stopped = False, True
             self._process.signal(signal.SIGKILL)
+
+    def _taken(self, rss: int) -> int:
+        """Its resident memory, and of the arena what it has not mapped, which counts for no process.
+
+        Raises:
+            ProtocolError: It has changed the size of its arena.
+        """
+        held = self._process.lines.arena.held()
+        if not self._limit or rss + held <= self._limit:
+            return rss
+        return rss + max(held - sizes(self._process.pid).get("RssShmem", 0), 0)
 
 
 def drained(
@@ -281,3 +326,4 @@ def abandon(process: Process, drain: Drain, owner: int) -> None:
     process.kill()
     drain.stop()
     process.close()
+    process.lines.arena.release()

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-from crumplezone.sandbox.ipc.channel import CREATED_MAX, MAX_FRAME
+from crumplezone.sandbox.ipc.channel import CREATED_MAX, MAX_FRAME, ProtocolError, decoded
 
 _TEXT_MAX = 8192  # characters of a field
 _GRACE = 5.0  # seconds for a handler to take what was sent before the end
@@ -122,9 +122,9 @@ class LogRelay:
         decode = msgspec.msgpack.Decoder(dict[str, _Plain]).decode
         while data := self._sock.recv(MAX_FRAME):
             try:
-                fields = decode(data)
+                fields = decoded(decode, data)
                 fields |= msgspec.structs.asdict(msgspec.convert(fields, _Needed))
-            except msgspec.MsgspecError:
+            except (ProtocolError, msgspec.MsgspecError):
                 told = "a log record came that does not decode"
                 fields = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "msg": told}
             record = logging.makeLogRecord(fields)

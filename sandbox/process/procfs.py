@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import re
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 _MAPS_MAX = 65_536  # the kernel's own default limit, vm.max_map_count, is 65530
+_KILOBYTES = re.compile(r"^(Vm\w+|Rss\w+):\s+(\d+) kB$", re.MULTILINE)
 
 
 class Map(NamedTuple):
@@ -104,6 +106,15 @@ def current_calls(pid: int) -> dict[int, SystemCall | None]:
             words = [int(each, 16) for each in rest]
             calls[tid] = SystemCall(int(number), tuple(words[:-2]), *words[-2:]) if words else None
     return calls
+
+
+def sizes(pid: int) -> dict[str, int]:
+    """The sizes of /proc/PID/status ("VmHWM" is the peak of "VmRSS"), in bytes; none of what has ended.
+
+    Raises:
+        OSError: /proc refuses, or the process is gone.
+    """
+    return {name: int(size) * 1024 for name, size in _KILOBYTES.findall(read_text(f"/proc/{pid}/status"))}
 
 
 def blocked_signals(pid: int, tid: int) -> int:

@@ -118,6 +118,13 @@ class CellRefused(CrumplezoneError):
         self.kind = kind
 
 
+class ShortageError(CrumplezoneError):
+    """This process cannot have the memory, or the descriptor, that a job needs just now. Nothing was lost."""
+
+    def __init__(self, needed: str, problem: object) -> None:
+        super().__init__(f"{needed} could not be had ({problem}): free memory or descriptors, and try again")
+
+
 class SequenceError(CrumplezoneError):
     """One sequence that no rung of the ladder could decode; the others of its batch were returned.
 

@@ -9,9 +9,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellDied
+from crumplezone.errors import CellDied, ShortageError
 from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.cells.cell import Cell
+from crumplezone.sandbox.process.cgroup import available_memory
 from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.cells.source import CellSource
 from crumplezone.workers.protocol.messages import Save, Saved
@@ -102,6 +103,7 @@ class CellClient(Generic[_Info]):
     def close(self) -> None:
         """End the cell and its spares, for good."""
         self._source.close()
+        self._cell = None  # of a dead one, the arena would live on
 
     def wait_for_spares(self, timeout: float) -> bool:
         """Wait until every spare is there; False if that takes longer (seconds), or none is made any more."""
@@ -111,6 +113,7 @@ class CellClient(Generic[_Info]):
         """The state of a sequence, from a cell that answers `Save`; of more than ``most`` bytes, nothing.
 
         Raises:
+            ShortageError: This process has no memory for it.
             CellDied: The cell was lost.
         """
         cell = self.running()
@@ -118,16 +121,33 @@ class CellClient(Generic[_Info]):
         if size > most:
             return b""
         if size > cell.arena.room:
-            cell.arena.reserve([("u1", size)])
+            self._believe(size, "a state", in_memory=not self._source.config.n_gpu_layers)
+            cell.reserve([("u1", size)])
             size = self._call(Save(seq_id), Saved).size
-        if size > cell.arena.room:
-            raise self._lie(f"says that a state has {size} bytes")
-        (state,) = cell.arena.arrays([("u1", size)])
-        return state.tobytes()
+        return cell.taken(size)
+
+    def _believe(self, size: int, what: str, *, in_memory: bool = True) -> None:
+        """Condemn a cell that tells of so many bytes and cannot have them.
+
+        Args:
+            size: Of what it tells of.
+            what: That is.
+            in_memory: It would have them in its memory already, not on a GPU.
+
+        Raises:
+            ShortageError: This process has no room for them: they are to be in the arena, then copied.
+            CellDied: It lies.
+        """
+        held = self.running().resident() if in_memory else 0
+        if held and size > held:  # 0: it has died, which the next call will tell
+            raise self._lie(f"tells of {what} of {size} bytes, and has {held}")
+        if size > (free := available_memory()):
+            raise ShortageError(f"{size} bytes for {what}", f"{free} are left")
 
     def _use(self, cell: Cell) -> Cell:
         if cell is not self._cell:
-            self._cell, self._info = cell, cell.info(self._kind)
+            self._cell = cell  # first: what it says of itself may be its death
+            self._info = cell.info(self._kind)
             self._began()
         return cell
 

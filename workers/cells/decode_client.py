@@ -43,6 +43,8 @@ from crumplezone.workers.protocol.messages import (
     row_shapes,
 )
 
+_LARGE = 2**28  # bytes of rows that are not simply taken to be there, in the arena and as a copy
+
 
 class DecodeClient(CellClient[CellInfo]):
     """A llama.cpp cell, replaced when it has died.
@@ -103,6 +105,7 @@ class DecodeClient(CellClient[CellInfo]):
         """One native call."""
         cell, info = self.running(), self.info
         n_outputs = int(np.count_nonzero(columns.outputs))
+        n_bytes = 4 * n_outputs * (ask.logits * info.n_vocab + ask.embeddings * info.n_embd)
         request = Decode(
             n_tokens=len(columns),
             n_outputs=n_outputs,
@@ -115,12 +118,15 @@ class DecodeClient(CellClient[CellInfo]):
             nulls=sorted(columns.nulls),
             process=ask.process,
         )
+        if n_bytes > _LARGE:  # as the cell has it: these are its numbers
+            self._believe(n_bytes, "logits or embeddings", in_memory=False)
         shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
-        *batch, logits, embeddings = cell.arena.arrays([*shapes, *row_shapes(request, info)])
+        *batch, logits, embeddings = cell.arrays([*shapes, *row_shapes(request, info)])
         columns.fill(BatchArrays(*batch))
         decoded = self._call(request, Decoded)
         spans = self._checked(decoded.spans)
         self._check(decoded.rc, spans)
+        cell.check_written(n_bytes)
         rows = Rows(
             logits.reshape(n_outputs, info.n_vocab).copy() if ask.logits else None,
             embeddings.reshape(n_outputs, info.n_embd).copy() if ask.embeddings else None,
@@ -147,10 +153,13 @@ class DecodeClient(CellClient[CellInfo]):
         Raises:
             CellDied: The cell was lost.
         """
-        (room,) = self.running().arena.arrays([("u1", len(state))])
+        (room,) = self.running().arrays([("u1", len(state))])
         room[:] = np.frombuffer(state, np.uint8)
         remembered = self._call(Load(seq_id, len(state)), Remembered)
-        self._checked(remembered.spans)
+        for span in self._checked(remembered.spans):
+            # Of each position, a state has the number and how many sequences share it (llama-kv-cache.cpp).
+            if span.seq_id == seq_id and 8 * (span.last - span.begin) > len(state):
+                raise self._lie(f"found positions up to {span.last} in a state of {len(state)} bytes")
         return remembered
 
     def resize(self, n_ctx: int, n_seq_max: int) -> None:
@@ -175,7 +184,7 @@ class DecodeClient(CellClient[CellInfo]):
             InputError: One of them is none of this model.
             CellDied: The cell was lost.
         """
-        (room,) = self.running().arena.arrays([("f4", len(adapters.vector))])
+        (room,) = self.running().arrays([("f4", len(adapters.vector))])
         room[:] = adapters.vector
         paths, scales = [path for path, _ in adapters.lora], [scale for _, scale in adapters.lora]
         request = Adapt(paths, scales, len(adapters.vector), *adapters.layers)
@@ -192,14 +201,16 @@ class DecodeClient(CellClient[CellInfo]):
         """
         cell = self.start()
         raw = prompt.encode("utf-8", "surrogatepass")
-        cell.arena.reserve([("i4", len(raw) + 16)])  # the tokens come back in the text's place
-        (room,) = cell.arena.arrays([("u1", len(raw))])
+        cell.reserve([("i4", len(raw) + 16)])  # the tokens come back in the text's place
+        (room,) = cell.arrays([("u1", len(raw))])
         room[:] = np.frombuffer(raw, np.uint8)
         n_tokens = self._call(Tokenize(len(raw)), Tokenized).n_tokens
         if not 0 <= n_tokens <= len(raw) + 16:
             raise self._lie(f"made {n_tokens} tokens of {len(raw)} bytes")
-        (tokens,) = cell.arena.arrays([("i4", n_tokens)])
-        return tokens.copy()
+        tokens: npt.NDArray[np.int32] = cell.arrays([("i4", n_tokens)])[0].copy()
+        if n_tokens and not 0 <= tokens.min() <= tokens.max() < self.info.n_vocab:
+            raise self._lie("made tokens that are not in the vocabulary")
+        return tokens
 
     def detokenize(self, tokens: Sequence[list[int]]) -> list[str]:
         """The text of each of these lists of tokens, all of which are in the vocabulary.
@@ -208,6 +219,8 @@ class DecodeClient(CellClient[CellInfo]):
             CellDied: The cell was lost.
         """
         reply = self._call(Detokenize(list(tokens)), Detokenized)
+        if len(reply.texts) != len(tokens):
+            raise self._lie(f"made {len(reply.texts)} texts of {len(tokens)} lists of tokens")
         return [text.decode("utf-8", "replace") for text in reply.texts]
 
     def generate(
@@ -243,7 +256,7 @@ class DecodeClient(CellClient[CellInfo]):
         for join, _ in joins:
             self._progress.join(join)
         request = Generate([join for join, _ in joins], steps, chunk, list(leaves), reset)
-        batch, rooms = request.arrays(cell.arena)
+        batch, rooms = request.arrays(cell)
         batch.n_seq_id[:] = 0  # no native call was made yet: see `last_batch`
         for room, (_, tokens) in zip(rooms, joins, strict=True):
             room[:] = tokens
@@ -266,7 +279,7 @@ class DecodeClient(CellClient[CellInfo]):
             joins: Every sequence in flight, as it would continue from its last delivered token.
         """
         assert self._cell is not None
-        batch = BatchArrays(*self._cell.arena.arrays(batch_shapes(chunk)))
+        batch = BatchArrays(*self._cell.arena.left(batch_shapes(chunk)))
         n = int(np.count_nonzero(batch.n_seq_id == 1))
         return BatchRecord(
             tokens=batch.tokens[:n].tolist(),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from crumplezone.workers.protocol.messages import Generated, Join, Progress
 
+_TEXT_MAX = 4096  # bytes of a token; one that is cut inside a character comes with the next
+
 
 class ProgressChecker:
     """Bookkeeping against a cell that invents progress, or claims it for ever without making any.
@@ -60,6 +62,8 @@ class ProgressChecker:
         left = self._left[progress.seq_id] - len(progress.tokens)
         if left < 0 or (left == 0 and not progress.finished):
             return f"went on with sequence {progress.seq_id} after its last token"
+        if len(progress.text) > _TEXT_MAX * (1 + len(progress.tokens)):
+            return f"made {len(progress.text)} bytes of {len(progress.tokens)} tokens"
         if max(progress.tokens, default=0) >= self._n_vocab:
             return f"made up a token for sequence {progress.seq_id}: the model has {self._n_vocab}"
         self._left[progress.seq_id] = left

@@ -110,7 +110,7 @@ class EmbedClient(CellClient[EmbedInfo]):
             CellDied: The cell was lost.
         """
         cell, n_bytes = self.start(), sum(map(len, texts))
-        sizes, counts, raw, tokens = cell.arena.arrays(text_shapes(len(texts), n_bytes))
+        sizes, counts, raw, tokens = cell.arrays(text_shapes(len(texts), n_bytes))
         sizes[:] = [len(text) for text in texts]
         raw[:] = np.frombuffer(b"".join(texts), np.uint8)
         self._call(TokenizeTexts(len(texts), n_bytes), TextsTokenized)
@@ -138,7 +138,7 @@ class EmbedClient(CellClient[EmbedInfo]):
         """
         cell = self._reshaped(config)
         request = Embed(len(columns), len(rows))
-        *batch, found = cell.arena.arrays(vector_shapes(len(columns), len(rows), self.info.n_embd))
+        *batch, found = cell.arrays(vector_shapes(len(columns), len(rows), self.info.n_embd))
         columns.fill(BatchArrays(*batch))
         self._check(self._call(request, Embedded).rc)
         vectors[rows] = found.reshape(len(rows), -1)

@@ -7,7 +7,14 @@ from functools import partial
 
 import numpy as np
 
-from crumplezone.errors import CrumplezoneError, InputError, SequenceError, check_integer, check_texts
+from crumplezone.errors import (
+    CrumplezoneError,
+    InputError,
+    SequenceError,
+    ShortageError,
+    check_integer,
+    check_texts,
+)
 from crumplezone.reports.records.report import BatchRecord
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.columns import Columns, Float32, Int32
@@ -142,7 +149,11 @@ class _EmbedJob:
         self._client, self._reporter, self._texts = client, reporter, texts
         self._tokens: dict[int, Int32] = {}
         self._no_cell = ""  # why none can be had
-        self.vectors = np.zeros((len(texts), client.info.n_embd), np.float32)
+        shape = len(texts), client.info.n_embd
+        try:
+            self.vectors = np.zeros(shape, np.float32)
+        except (MemoryError, ValueError) as error:  # n_embd is the cell's
+            raise ShortageError(f"vectors for {shape[0]} texts, of {shape[1]} numbers", error) from error
         self.errors: dict[int, SequenceError] = {}
         self.reports: list[str] = []
 

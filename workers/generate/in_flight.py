@@ -115,10 +115,10 @@ class Generation:
             _refuse(job, error, path)
         except (CellRefused, InputError) as refused:
             _refuse(job, refused)
-        except (CrumplezoneError, OSError) as refused:  # no cell, or no memory for its arena
+        except (CrumplezoneError, OSError, MemoryError) as refused:  # no cell, or no memory for it here
             if self._stopped:  # that is why
                 raise
-            _refuse(job, SequenceError(job.index, str(refused)))
+            _refuse(job, SequenceError(job.index, str(refused) or type(refused).__name__))
         else:
             seq_id = heapq.heappop(self._free)
             self._running[seq_id] = _Running(job, seq_id, tokens, min(job.sampling.max_tokens, room))

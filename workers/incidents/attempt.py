@@ -15,7 +15,7 @@ from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
 
-_TOLD = (RefusedError, CrumplezoneError, OSError)  # also: no cell could be had
+_TOLD = (RefusedError, CrumplezoneError, OSError, MemoryError)  # also: no cell could be had, or no memory
 
 
 class Described(Protocol):
@@ -75,7 +75,7 @@ class Attempt:
     @property
     def problem(self) -> str:
         """What it failed with, in words; empty if it did not."""
-        return "" if self.error is None else str(self.error)
+        return "" if self.error is None else str(self.error) or type(self.error).__name__
 
     @property
     def rc(self) -> int | None:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CrumplezoneError, InputError, ModelError, UsageError, check_integer
+from crumplezone.errors import (
+    CrumplezoneError,
+    InputError,
+    ModelError,
+    ShortageError,
+    UsageError,
+    check_integer,
+)
 from crumplezone.reports.store.store import default_directory
 from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.incidents.reporter import Reporter
@@ -181,7 +188,10 @@ class Llama(Facts, Completions):
     @property
     def scores(self) -> npt.NDArray[np.single]:
         """Logits of the evaluated tokens, float32, shape (n_ctx, n_vocab); zeros without ``logits_all``."""
-        scores = np.zeros((self._info.n_rows, self.n_vocab()), np.single)
+        try:
+            scores = np.zeros((self._info.n_rows, self.n_vocab()), np.single)
+        except (MemoryError, ValueError) as error:  # numbers of the cell's
+            raise ShortageError(f"{self._info.n_rows} rows of scores", error) from error
         raw = self._session.call(task_of("scores_bytes", {}), bytes)
         if len(raw) % scores[:1].nbytes or len(raw) > scores.nbytes:
             raise CrumplezoneError(f"the cell sent {len(raw)} bytes of scores: it cannot be trusted")

@@ -8,7 +8,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, MemoryLostError
+from crumplezone.errors import (
+    CellDied,
+    CellRefused,
+    CrumplezoneError,
+    InputError,
+    MemoryLostError,
+    ShortageError,
+)
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.workers.batch.call import DecodeOptions, RefusedError, Rows
@@ -87,6 +94,9 @@ class MemorySession:
             rows = self.client.send(columns, ask, chunk, fresh=False)
         except RefusedError as refused:
             self._take_back(refused.spans)
+            raise
+        except BaseException:
+            self._cell = None  # a part may have arrived: before the next call it is given its memory anew
             raise
         self._note(rows.spans)
         self._journal.add(Appended(columns.without(())))  # a token of no sequence is in nobody's memory
@@ -323,6 +333,8 @@ class MemorySession:
             self._freeze()
         except CellDied as died:  # the tokens are still there
             self._report(died, "making a checkpoint", "the journal keeps the tokens")
+        except ShortageError:  # likewise
+            return
 
     def _freeze(self) -> None:
         """Keep the states of the sequences in the place of their tokens."""

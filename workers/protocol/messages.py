@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.sandbox.ipc.arena import Arena, Shape
+from crumplezone.sandbox.ipc.arena import Shape
 from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
 from crumplezone.workers.protocol.config import CellInfo, Position, Token
 from crumplezone.workers.protocol.sampling import Sampling
@@ -147,6 +148,13 @@ class Join(msgspec.Struct, frozen=True):
     sampling: Sampling  # ``max_tokens``: still to come
 
 
+class Arrays(Protocol):
+    """An arena; the supervisor's is that of a cell."""
+
+    def arrays(self, shapes: Sequence[Shape]) -> list[npt.NDArray[Any]]:
+        """Cut into these arrays."""
+
+
 class Generate(msgspec.Struct, tag="generate", frozen=True):
     """Let sequences leave and prompts join, then run up to ``steps`` native calls over all that run.
 
@@ -160,7 +168,7 @@ class Generate(msgspec.Struct, tag="generate", frozen=True):
     leaves: list[int] = []  # sequences to give up, before any joins
     reset: bool = False  # clear the memory and forget every sequence first
 
-    def arrays(self, arena: Arena) -> tuple[BatchArrays, list[npt.NDArray[np.int32]]]:
+    def arrays(self, arena: Arrays) -> tuple[BatchArrays, list[npt.NDArray[np.int32]]]:
         """The batch of a native call, and behind it the tokens of each that joins."""
         joins: list[Shape] = [("i4", join.n_tokens) for join in self.joins]
         arrays = arena.arrays([*batch_shapes(self.chunk), *joins])

@@ -25,7 +25,7 @@ from crumplezone.reports.store.store import Store
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.workers.incidents.deaths import KILLS_MAX
 from crumplezone.workers.llama.calls.task import Task
-from crumplezone.workers.protocol.llama import Evaluated, Note
+from crumplezone.workers.protocol.llama import NOTE_MAX, Evaluated, Note
 from tests.support.decoders import OpenLlama as Open
 from tests.support.decoders import fork, read_all
 from tests.support.native.llama_poison import Poison
@@ -287,17 +287,19 @@ def test_a_dropped_llama_leaves_no_process(smollm: Path, tmp_path: Path) -> None
         (Note(evaluated=[Evaluated(1, [5])]), "position 1, and holds 0"),
         (Note(drawn=[(0, 128)]), "drew token 128"),
         (Note(drawn=[(4096, 1)]), "generation 4096"),
+        (Note(evaluated=[Evaluated(i * NOTE_MAX, [5] * NOTE_MAX) for i in range(3)]), "position 16384"),
+        (Note(drawn=[(0, 1)] * (2 * 256 + NOTE_MAX + 1)), "in a context of 256"),
     ],
 )
 def test_a_cell_that_tells_nonsense_is_not_believed(note: Note, problem: str) -> None:
-    assert problem in Task("eval", {}).take(note, 128)
+    assert problem in Task("eval", {}).take(note, 128, 256)
 
 
 def test_progress_buys_another_attempt() -> None:
     task, crash = Task("generate", {}), died(Exit.SIGNAL)
     assert task.lost(crash)
     for i in range(3):
-        task.take(Note(drawn=[(0, i)]), 128)
+        task.take(Note(drawn=[(0, i)]), 128, 256)
         assert task.lost(crash)
         assert not task.cautious
     assert task.lost(crash)
@@ -317,5 +319,5 @@ def test_a_kill_is_no_crash_of_a_call() -> None:
     assert task.lost(died(Exit.SIGNAL))
     assert task.cautious
     for i in range(100):  # of a long stream among many kills
-        task.take(Note(drawn=[(0, i)]), 128)
+        task.take(Note(drawn=[(0, i)]), 128, 256)
         assert task.lost(died(Exit.KILLED))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
+from crumplezone.sandbox.ipc.channel import ProtocolError, decoded
 from crumplezone.workers.llama.calls.client import LlamaClient
 from crumplezone.workers.llama.calls.task import Task
 from crumplezone.workers.protocol.llama import Judge, Judged, Note, Nothing, Question, question_shapes
+
+_question = msgspec.msgpack.Decoder(Question).decode
 
 
 class Callbacks:
@@ -26,18 +29,20 @@ class Callbacks:
         """
         info, cell = client.info, client.running()
         try:
-            question = msgspec.msgpack.decode(body, type=Question)
-        except msgspec.MsgspecError as error:
+            question = decoded(_question, body)
+        except ProtocolError as error:
             raise client.lie(f"asked what does not decode: {error}") from error
         note = question if isinstance(question, Note) else question.note
-        if problem := task.take(note, info.cell.n_vocab):
+        if problem := task.take(note, info.cell.n_vocab, info.n_ctx):
             raise client.lie(problem)
+        if task.too_curious(info.n_ctx):
+            raise client.lie(f"asked {task.asked} questions")
         if isinstance(question, Note):
             return Nothing()
         if question.n_ids > info.n_ctx:
             raise client.lie(f"asked about {question.n_ids} tokens")
         shapes = question_shapes(info.cell.n_vocab, question.n_ids)
-        logits, ids = (array.copy() for array in cell.arena.arrays(shapes))
+        logits, ids = (array.copy() for array in cell.arrays(shapes))
         self.running = True
         try:
             if isinstance(question, Judge):
@@ -47,6 +52,6 @@ class Callbacks:
                 logits[:] = processor(ids, logits)
         finally:
             self.running = False
-        answer, _ = cell.arena.arrays(shapes)  # anew: a query may have used the arena meanwhile
+        answer, _ = cell.arrays(shapes)  # anew: a query may have used the arena meanwhile
         answer[:] = logits
         return Judged()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from crumplezone.errors import CellRefused
+from crumplezone.errors import CellRefused, ShortageError
 from crumplezone.workers.protocol.llama import common_prefix
 
 _SHARE = 0.02  # of the time that cells compute, states take
@@ -73,7 +73,7 @@ class Checkpoint:
         start, state = time.perf_counter(), b""
         try:
             state = client.save(0, self.bytes_max)
-        except (CellRefused, MemoryError, OSError) as error:
+        except (CellRefused, ShortageError) as error:
             _log.debug("no state was saved: %s", error)
         self._cost, self._computed = time.perf_counter() - start, 0.0
         if state:
@@ -91,7 +91,7 @@ class Checkpoint:
         """
         try:
             client.restore(self.state)
-        except (CellRefused, MemoryError, OSError) as error:
+        except (CellRefused, ShortageError) as error:
             _log.debug("a cell begins without the saved state: %s", error)
             return []
         return self.tokens

@@ -9,11 +9,14 @@ import msgspec
 import numpy as np
 
 from crumplezone.errors import CellDied
+from crumplezone.sandbox.ipc import channel
+from crumplezone.sandbox.ipc.channel import ProtocolError
+from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.cells.client import CellClient
 from crumplezone.workers.cells.source import CellSource
 from crumplezone.workers.llama.calls.task import Task
-from crumplezone.workers.protocol.config import CellConfig, CellInfo
+from crumplezone.workers.protocol.config import CTX_PAD, CellConfig, CellInfo
 from crumplezone.workers.protocol.llama import (
     STATE_MAX,
     VALUE_MAX,
@@ -59,9 +62,12 @@ class LlamaClient(CellClient[LlamaInfo]):
 
     def _began(self) -> None:
         self.forget()
-        info = self.info
+        info, given = self.info, self._llama.parameters
         assert self._cell is not None
-        self._cell.arena.reserve(question_shapes(info.cell.n_vocab, info.n_ctx))
+        most = 2 * given["n_ctx"] + LLAMA_MAX_SEQ * CTX_PAD  # llama.cpp rounds it up, for each sequence
+        if (given["n_ctx"] and info.n_ctx > most) or info.n_rows > max(info.n_ctx, given["n_batch"]):
+            raise self.lie(f"has a context of {info.n_ctx} tokens and {info.n_rows} rows of scores")
+        self._cell.reserve(question_shapes(info.cell.n_vocab, info.n_ctx))
 
     def forget(self) -> None:
         """It is not known what the cell holds."""
@@ -101,17 +107,17 @@ class LlamaClient(CellClient[LlamaInfo]):
         most = STATE_MAX if method in _BULK else VALUE_MAX
         if output.size > most:
             raise self.lie(f"has a value of {output.size} bytes, at most {most}")
-        arena = self.running().arena
-        arena.reserve([("u1", output.size)])
+        self._believe(output.size, "a value")
+        cell = self.running()
+        cell.reserve([("u1", output.size)])
         self._call(Fetch(), Nothing)
-        raw: bytes = arena.arrays([("u1", output.size)])[0].tobytes()
-        return raw
+        return cell.taken(output.size)
 
     def decode(self, kind: Decode, raw: bytes) -> Any:
         """A value as an object."""
         try:
-            return kind(raw)
-        except (msgspec.MsgspecError, RecursionError) as error:
+            return channel.decoded(kind, raw)
+        except ProtocolError as error:
             raise self.lie(f"sent what is no result: {error}") from error
 
     def lie(self, what: str) -> CellDied:
@@ -119,7 +125,7 @@ class LlamaClient(CellClient[LlamaInfo]):
         return self._lie(what)
 
     def _put(self, raw: bytes) -> int:
-        self.running().arena.arrays([("u1", len(raw))])[0][:] = np.frombuffer(raw, np.uint8)
+        self.running().arrays([("u1", len(raw))])[0][:] = np.frombuffer(raw, np.uint8)
         return len(raw)
 
 

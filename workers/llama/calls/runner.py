@@ -115,7 +115,7 @@ class TaskRunner:
         else:
             client.start()
             task.begun, task.base = True, replace(self.snapshot, tokens=list(self.snapshot.tokens))
-        reached, task.tokens = task.tokens, list(task.base.tokens)
+        reached, task.tokens, task.asked = task.tokens, list(task.base.tokens), 0
         known = client.synced and not again
         saved: list[int] = []
         if not known and self._checkpoint.serves(reached or task.tokens):
@@ -161,7 +161,7 @@ class TaskRunner:
         with self._checkpoint.computing():
             output = ask(answer)
         value = client.value(output, task.method)
-        problem = task.take(output.note, client.info.cell.n_vocab)
+        problem = task.take(output.note, client.info.cell.n_vocab, client.info.n_ctx)
         if problem or output.n_tokens > len(task.tokens):
             raise client.lie(problem or "holds more tokens than it told of")
         del task.tokens[output.n_tokens :]

@@ -12,7 +12,7 @@ from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import BatchRecord
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.incidents.deaths import KILLS_MAX, was_killed
-from crumplezone.workers.protocol.llama import Grammar, LlamaCall, Note
+from crumplezone.workers.protocol.llama import NOTE_MAX, Grammar, LlamaCall, Note
 
 _GENERATIONS_MAX = 4096  # within one call: a chat format makes one for each tool that is called
 _CRASHES_MAX = 16  # of cells in one call, however far it gets with each
@@ -56,6 +56,7 @@ class Task:
         reports: Directories of their reports.
         news: Whether the caller has not yet been told of the latest.
         restored: Whether the cell that has it began with a saved state.
+        asked: Questions of that cell.
     """
 
     method: str
@@ -74,6 +75,7 @@ class Task:
     reports: list[str] = field(default_factory=list)
     news: bool = False
     restored: bool = False
+    asked: int = 0
     _identity: int = field(default_factory=lambda: SystemRandom().getrandbits(63))
     _created: int = field(default_factory=lambda: int(time.time()))
     _died: list[CellDied] = field(default_factory=list)
@@ -115,11 +117,23 @@ class Task:
             base.cache,
         )
 
-    def take(self, note: Note, n_vocab: int) -> str:
+    def too_curious(self, n_ctx: int) -> bool:
+        """Count a question; whether they are more than this call can bring.
+
+        A cell asks when it evaluates a part of a prompt, at most thrice for each token that is drawn or drawn
+        again, and between texts.
+        """
+        self.asked += 1
+        texts = self.args.get("input")
+        n_texts = len(texts) if isinstance(texts, list) else 1
+        return self.asked > 1024 + n_texts + 16 * n_ctx * (1 + len(self.drawn))
+
+    def take(self, note: Note, n_vocab: int, n_ctx: int) -> str:
         """Add what a cell tells; returns what is wrong with it, or an empty string."""
         self.stage = note.stage
+        most = 2 * n_ctx + NOTE_MAX  # it tells of a part before llama.cpp says that there is no room
         for part in note.evaluated:
-            if part.at > len(self.tokens):
+            if part.at > min(len(self.tokens), most):
                 return f"told of tokens at position {part.at}, and holds {len(self.tokens)}"
             self.tokens[part.at :] = part.tokens
         for place, token in note.drawn:
@@ -128,6 +142,8 @@ class Task:
             while len(self.drawn) <= place:
                 self.drawn.append([])
             self.drawn[place].append(token)
+            if len(self.drawn[place]) > most:
+                return f"drew {most} tokens in a context of {n_ctx}"
         return ""
 
     def lost(self, died: CellDied) -> bool:
