@@ -10,7 +10,16 @@ import msgspec
 
 from crumplezone.sandbox.child.fork_server import Fork, Forked, ForkServer
 from crumplezone.workers.native.decode_cell import DecodeCell
-from crumplezone.workers.protocol.messages import Generated, Progress, Request, Tokenize, Tokenized
+from crumplezone.workers.protocol.messages import (
+    Generated,
+    Progress,
+    Remembered,
+    Request,
+    Saved,
+    Span,
+    Tokenize,
+    Tokenized,
+)
 
 TARGET = "tests.support.native.liars:Liar"
 VARIABLE = "CRUMPLEZONE_TEST_LIE"  # names a file that names the lie
@@ -55,6 +64,28 @@ class Liar(DecodeCell):
 
     def no_token(self, told: list[Progress]) -> list[Progress]:
         return [Progress(each.seq_id, [128], b"") for each in told]
+
+
+class Boaster(DecodeCell):
+    """Tells of more than there is. The file has the kind of the reply, and how often it is to be told."""
+
+    def handle(self, request: Request) -> msgspec.Struct:
+        told = super().handle(request)
+        file = Path(os.environ[VARIABLE])
+        kind, _, left = file.read_text().partition(" ")
+        if type(told).__name__ != kind or not int(left):
+            return told
+        file.write_text(f"{kind} {int(left) - 1}")
+        match told:
+            case Saved():
+                return Saved(2**33)
+            case Remembered():
+                return Remembered(told.done, [Span(1, 0, 2**31 - 1)])
+            case Tokenized():
+                self._arena.arrays([("i4", told.n_tokens)])[0][-1] = 128
+            case Generated():
+                return Generated(0, [Progress(p.seq_id, p.tokens, b"x" * 60_000) for p in told.progress])
+        return told
 
 
 class Changeling(ForkServer):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from crumplezone import Rung
-from crumplezone.errors import SequenceError
+from crumplezone.errors import CellDied, SequenceError
 from crumplezone.reports.records.report import Exit
 from crumplezone.reports.store.store import Store
-from tests.support.decoders import PROMPTS, Open, Plant, outcome, reports_of
+from tests.support.decoders import PROMPTS, Open, Plant, held, outcome, reports_of, say
 from tests.support.native import liars
 
 LIES = {
@@ -75,3 +76,43 @@ def test_more_tokens_than_a_text_can_have(tiny: Path, make: Open, store: Store, 
     assert [report.evidence.detail for report in written] == [
         "the cell made 20 tokens of 3 bytes; killed by the supervisor"
     ] * 2
+
+
+@pytest.fixture
+def boast(plant: Plant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tell:
+    """Let the cells that start from now on tell of more than there is, in some replies of a kind."""
+    file = tmp_path / "boast"
+    plant("decode", "tests.support.native.liars:Boaster")
+    monkeypatch.setenv(liars.VARIABLE, str(file))
+    file.write_text("None 0")
+    return lambda kind: file.write_text(f"{kind} 1")
+
+
+def test_a_number_that_cannot_be_costs_the_cell_and_nothing_else(
+    tiny: Path, make: Open, store: Store, boast: Tell
+) -> None:
+    decoder = make(tiny, 2, deadline=30)
+    say(decoder, 0, 4, 5, 6)
+    honest = decoder.memory.save(0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    boast("Saved")
+    assert decoder.memory.save(0) == honest
+    boast("Remembered")
+    decoder.memory.load(1, honest)
+    boast("Tokenized")
+    with pytest.raises(CellDied, match="not in the vocabulary"):
+        decoder.tokenize("abc")
+    boast("Generated")
+    (completion,) = decoder.generate(["abc"], max_tokens=8)
+    assert completion.error is None
+    assert held(decoder, 2) == [(0, 2), (0, 2)]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 100_000  # kilobytes
+    details = [report.evidence.detail for report in reports_of(decoder, store)]
+    found = [
+        "tells of a state of 8589934592 bytes",
+        "found positions up to 2147483647",
+        "made tokens that are not in the vocabulary",
+        "made 60000 bytes of",
+    ]
+    assert len(details) == len(found)
+    assert all(what in detail for what, detail in zip(found, details, strict=True))
