@@ -173,6 +173,18 @@ def test_fifos_and_deep_json_are_refused_at_once(tmp_path: Path, model: Path) ->
     assert (deep.returncode, "line 1" in deep.stderr, "Traceback" in deep.stderr) == (2, True, False)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in.txt").write_text("hello\n", encoding="utf-8-sig")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n', encoding="utf-8-sig")
+    assert run(tmp_path, model, "in.txt").returncode == 0
+    (line,) = lines(tmp_path)
+    assert line["prompt"] == "hello"
+    out = tmp_path / "out.jsonl"
+    out.write_text(out.read_text(), encoding="utf-8-sig")  # from an editor, with the answer
+    done = run(tmp_path, model, "in.jsonl")
+    assert (done.returncode, len(out.read_bytes().splitlines())) == (0, 1), done.stderr
+
+
 def test_a_prompt_that_does_not_fit_fails_alone(tmp_path: Path, model: Path) -> None:
     (tmp_path / "in.txt").write_text("short\n" + "long " * 300 + "\nalso short\n")
     done = run(tmp_path, model, "in.txt", "--n-ctx", "256", "--n-seq-max", "1")

@@ -102,6 +102,8 @@ def test_written_and_read(tmp_path: Path) -> None:
     baseline.write(path, KNOWN)
     assert baseline.read(path) == KNOWN
     assert msgspec.json.decode(path.read_bytes())["schema_version"] == 1
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as editors on Windows do
+    assert baseline.read(path) == KNOWN
     (tmp_path / "link.json").symlink_to(path)
     baseline.write(tmp_path / "link.json", Baseline())
     assert baseline.read(path) == Baseline()  # the file behind the link, which stays

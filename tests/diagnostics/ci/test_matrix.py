@@ -70,6 +70,10 @@ def test_every_combination_once(tmp_path: Path) -> None:
     assert found == matrix.Matrix([*expected, Shape(tokens=2, kv_unified=True)], 5.0, 100 << 20)
 
 
+def test_a_byte_order_mark_is_no_key(tmp_path: Path) -> None:
+    assert read(tmp_path, "\ufeff[[cases]]\ntokens = [1, 2]").shapes
+
+
 def test_every_problem_is_said_at_once(tmp_path: Path) -> None:
     said = problem(
         tmp_path,

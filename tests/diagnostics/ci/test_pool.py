@@ -57,6 +57,12 @@ def dies_at_two(case: Case, store: Path) -> CaseRecord:
     return passed(case, store)
 
 
+def sends_what_is_no_record(case: Case, store: Path) -> CaseRecord:
+    if case.id == "case 2":
+        os.write(int(sys.argv[1]), b"\0\1\x86\xa0" + b"\x91" * 100_000)  # of a length, nested that deep
+    return passed(case, store)
+
+
 def raises(case: Case, _: Path) -> CaseRecord:
     raise ZeroDivisionError(case.id)
 
@@ -97,6 +103,12 @@ def test_a_runner_that_dies_costs_its_case(tmp_path: Path, log: Kept, jobs: int)
     assert {record.ending for record in found.values()} == {Ending.PASS}
     assert jobs == 2 or "runner-2 doing case 3" in log.said  # another takes its place
     assert any(line.endswith("case 2: begins") for line in log.said)  # its last words, too
+
+
+def test_a_runner_that_sends_no_record_costs_its_case(tmp_path: Path, log: Kept) -> None:
+    found = {r.id: r for r in run_all(some(3), 1, tmp_path, log, does(sends_what_is_no_record))}
+    assert [found[f"case {n}"].ending for n in (1, 2, 3)] == [Ending.PASS, Ending.ERROR, Ending.PASS]
+    assert "was killed by SIGKILL" in found["case 2"].detail
 
 
 def test_what_a_case_raises_is_an_error_of_the_infrastructure(tmp_path: Path, log: Kept) -> None:

@@ -21,6 +21,19 @@ from tests.support.processes.programs import EXEC, PYTHON, armed, plain
 CRASH = "import ctypes; ctypes.string_at(8)"
 
 
+def test_a_program_whose_fatal_signals_are_blocked_is_held(store: Store) -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGSEGV})
+    try:
+        done = armed(store, [PYTHON, "-c", CRASH])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    assert done.returncode == 139
+    (report,) = read_all(store)
+    assert report.evidence.fault is not None
+    assert report.evidence.fault.address == "0x8"
+    assert report.evidence.registers
+
+
 # --- unchanged
 
 

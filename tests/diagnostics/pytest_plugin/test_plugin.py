@@ -400,3 +400,19 @@ def test_called_back():
     assert report.signature is not None
     assert report.signature.confidence == "high"  # of numpy's frames, which the failure does not show
     result.stdout.fnmatch_lines([f"{report.signature.title}; report: *"])
+
+
+def test_a_test_of_a_pytest_that_blocks_fatal_signals_is_held(crumple: Run, store: Store) -> None:
+    crumple(
+        test_it="""
+import ctypes, signal
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGSEGV})  # while pytest collects, so before it forks
+
+def test_crash():
+    ctypes.string_at(8)
+""",
+    )
+    (report,) = read_all(store)
+    assert report.evidence.fault is not None
+    assert report.evidence.fault.address == "0x8"

@@ -240,6 +240,11 @@ def test_a_corrupt_report_is_listed_and_harms_no_other(tmp_path: Path, name: str
         reports.read(name)
 
 
+def test_a_report_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    put(tmp_path, "marked", b"\xef\xbb\xbf" + schema.encode(full("marked")))
+    assert Store(tmp_path).read("marked") == full("marked")
+
+
 def test_a_newer_report_asks_for_an_upgrade(tmp_path: Path) -> None:
     put(tmp_path, "newer", NEWER)
     (row,) = Store(tmp_path).rows()
