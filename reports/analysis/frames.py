@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+from crumplezone.reports.analysis.mangled import plain_name
 from crumplezone.reports.analysis.messages import base_name
 from crumplezone.reports.records.report import Frame
 
 _FRAMES_MAX = 256  # looked at, of one stack
-_SYMBOL_MAX = 1024  # characters of a symbol that are looked at
+_SYMBOL_MAX = 4096  # characters of a symbol that are looked at
 _NAME_MAX = 256  # characters of a normalised name
 
 # The machinery of dying and of calling from Python: where every crash passes, so it tells nothing. Names are
@@ -61,10 +62,13 @@ _AFTER = re.compile(
     r"(?: ?\((?:inlined|\.[\w.]+)\)| ?\[clone [^\[\]]*\]|@@?\w++(?:\.\d++)*+|\+0x[0-9a-fA-F]++|\.\w++)++$"
 )
 _QUALIFIERS = re.compile(r"(?<![\s&])(?:(?<=[\s)])(?:const|volatile|noexcept)|[\s&])+$")
+_INLINED = "(inlined)"
 _PLAIN = re.compile(r"[\w$]+")
 _ANONYMOUS = re.compile(r"\(anonymous namespace\)|`anonymous namespace'|_GLOBAL__N_1|<unnamed>")
 _LAMBDA = re.compile(r"\{lambda[^{}]*\}|'lambda\d*'|(?<=::)\$_\d+")
 _NUMBERED = re.compile(r"#\d+(?=\})")  # GCC's "{unnamed type#1}"
+REST_UNKNOWN = "(the rest is not known)"
+"""The symbol of the outermost frame of a stack that goes on, but could not be followed."""
 
 _TRAMPOLINES = {"__restore_rt", "__kernel_rt_sigreturn"}  # of x86-64 and aarch64
 
@@ -118,8 +122,8 @@ def meaningful(frames: Iterable[Frame]) -> Iterator[Frame]:
     return (frame for frame in islice(frames, _FRAMES_MAX) if not is_runtime(frame))
 
 
-def task(frames: Iterable[Frame]) -> Iterator[Frame]:
-    """The meaningful frames of what the thread was given to do, which are those of any thread of its pool."""
+def given(frames: Iterable[Frame]) -> Iterator[Frame]:
+    """The frames of what a thread was given to do, which are those of any thread of its pool."""
     begun = False
     for frame in islice(frames, _FRAMES_MAX):
         if begun and (
@@ -127,9 +131,13 @@ def task(frames: Iterable[Frame]) -> Iterator[Frame]:
             or _SHARED_OUT_MODULE.fullmatch(module_name(frame.module))
         ):
             return
-        if not is_runtime(frame):
-            begun = True
-            yield frame
+        begun = begun or not is_runtime(frame)
+        yield frame
+
+
+def is_inlined(frame: Frame) -> bool:
+    """Whether a frame is told of by debug information only: its code is that of the frame around it."""
+    return frame.symbol.endswith(_INLINED)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -137,8 +145,7 @@ def _function(symbol: str) -> str:
     symbol = _AFTER.sub("", " ".join(symbol.split()))
     if not symbol.strip("?"):
         return ""  # "??" and "???": unwinders that do not know
-    if not _PLAIN.fullmatch(symbol):
-        symbol = _cplusplus(symbol)
+    symbol = (plain_name(symbol) or symbol) if _PLAIN.fullmatch(symbol) else _cplusplus(symbol)
     return symbol[:_NAME_MAX]
 
 
@@ -156,4 +163,5 @@ def _cplusplus(symbol: str) -> str:
     # In "operator<<" and "operator()" the brackets are the name.
     symbol = collapse(symbol, "<", ">", "<T>", ("operator", "operator<"))
     symbol = collapse(symbol, "(", ")", "", ("operator",))
-    return str(symbol).strip()
+    # "std::ostream& std::operator<< <T>": the type that a template's name begins with, and demanglers' space.
+    return re.sub(r"^.* (?=\S*\boperator\b)| (?=<T>)", "", str(symbol).strip())

@@ -207,7 +207,7 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
     schema.ModelRecord: _fields(keep="size sha256 description", base="path"),
     schema.LadderStep: _fields(keep="rung outcome sequences ms", told="detail"),
     schema.Environment: _fields(keep="cpu cpu_flags system_info", table="versions", variables="variables"),
-    schema.Signature: _fields(keep="id fault_class confidence version", texts="key", text="title"),
+    schema.Signature: _fields(keep="id fault_class confidence version", texts="key", text="title place"),
     schema.Verdict: _fields(keep="kind", text="because"),
     schema.Replay: _fields(keep="at runs crashed same refused", table="versions"),
     schema.Minimal: _fields(keep="at tests", structs="batch", table="context"),

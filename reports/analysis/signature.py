@@ -6,16 +6,31 @@ import hashlib
 import json
 import re
 import signal
+from collections.abc import Iterator
 from itertools import islice
 
-from crumplezone.reports.analysis.frames import function, meaningful, name, task
+import msgspec
+
+from crumplezone.reports.analysis.frames import (
+    REST_UNKNOWN,
+    function,
+    given,
+    is_inlined,
+    meaningful,
+    module_name,
+    name,
+)
 from crumplezone.reports.analysis.messages import base_name, parted
+from crumplezone.reports.analysis.same import CUT
 from crumplezone.reports.analysis.stack import crashed_thread
 from crumplezone.reports.printable import printable
 from crumplezone.reports.records.report import Assertion, Evidence, Exit, Frame, Report, Signature, Thread
 
 VERSION = 2
-"""Of the algorithm. It is part of every id: raise it whenever an id could change."""
+"""Of the algorithm. It is part of every id: raise it when the ids of most crashes change.
+
+What changes few of them leaves it as it is, so that baselines and stores know all the others.
+"""
 
 _KEY_FRAMES = 3
 _STACK_FRAMES = 64
@@ -41,8 +56,8 @@ def sign(report: Report) -> Signature:
 
     Only the evidence counts. The id is the SHA-256 of the version of the algorithm, the fault class, and
     either the normalised assertion or the innermost three frames that have a name and are not part of a
-    runtime. A message that many places share ("double free or corruption", "fatal error", an exception's
-    type) has its frames too.
+    runtime. Inlined functions do not count: only debug information tells of them. A message that many places
+    share ("double free or corruption", "fatal error", an exception's type) has its frames too.
     """
     evidence = report.evidence
     fault_class = _fault_class(evidence)
@@ -60,7 +75,23 @@ def sign(report: Report) -> Signature:
         title=_title(fault_class, key, asserted=bool(asserted)),
         confidence=confidence,
         version=VERSION,
+        place=place(report),
     )
+
+
+def signature_of(report: Report) -> Signature:
+    """The signature of a report, also of one that is older than signatures or their places."""
+    signed = report.signature or sign(report)
+    return signed if signed.place else msgspec.structs.replace(signed, place=place(report))
+
+
+def place(report: Report) -> str:
+    """The innermost frame that counts, as a place in a build: "libllama.so+0x22daa0 BUILD-ID", or empty."""
+    inner = next(iter(_counting(report)), None) if report.evidence.exit in _HAVE_A_PLACE else None
+    if inner is None or not inner.build_id:
+        return ""
+    found = name(Frame(module=inner.module, offset=inner.offset))
+    return _part(f"{found} {inner.build_id}") if found != module_name(inner.module) else ""
 
 
 def frames(report: Report) -> list[str]:
@@ -77,15 +108,30 @@ def _place(report: Report) -> tuple[list[str], str]:
     """The innermost frames, and how much they can be trusted."""
     if report.evidence.exit not in _HAVE_A_PLACE:
         return [], "low"
-    # Which thread of a pool faults is chance. A hang is that of the thread that was called.
-    inner = meaningful if report.evidence.exit is Exit.HANG else task
-    thread = _thread(report)
-    native = list(inner(thread.native)) if thread else []
+    native = list(_counting(report))
     if named := [part for frame in native if (part := function(frame))]:
-        return [_part(part) for part in named[:_KEY_FRAMES]], "high"
+        cut = [CUT] if len(named) < _KEY_FRAMES and _goes_on(report) else []
+        return [_part(part) for part in named[:_KEY_FRAMES]] + cut, "high"
     if native:  # an offset differs from build to build
         return [_part(name(native[0]))], "low"
     return _python(report)[:_KEY_FRAMES], "low"
+
+
+def _stack(report: Report) -> list[Frame]:
+    """The native frames that a key can be made of."""
+    thread = _thread(report)
+    native = thread.native if thread else []
+    # Which thread of a pool faults is chance. A hang is that of the thread that was called.
+    return native if report.evidence.exit is Exit.HANG else list(given(native))
+
+
+def _counting(report: Report) -> Iterator[Frame]:
+    return (frame for frame in meaningful(_stack(report)) if not is_inlined(frame))
+
+
+def _goes_on(report: Report) -> bool:
+    """Whether the stack has frames that are not known, where the key would have them."""
+    return any(frame.symbol == REST_UNKNOWN for frame in _stack(report)[-1:])
 
 
 def _title(fault_class: str, key: list[str], *, asserted: bool) -> str:

@@ -236,10 +236,11 @@ class Signature(msgspec.Struct, frozen=True, omit_defaults=True):
 
     id: str  # SHA-256 of version, fault class and key, hexadecimal
     fault_class: str  # "SIGSEGV", "abort", "hang", "oom", ...
-    key: list[str] = []  # the normalised assertion, or up to three normalised frames
+    key: list[str] = []  # the normalised assertion, or up to three normalised frames; "...": cut short
     title: str = ""  # for people: "SIGSEGV in llama_context::encode"
     confidence: str = "high"  # "low": made of Python frames only, or of nothing but the class
     version: int = 1  # of the algorithm
+    place: str = ""  # the innermost frame that counts: "libllama.so+0x22daa0 BUILD-ID", if both are known
 
 
 class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
