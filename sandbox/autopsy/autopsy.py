@@ -14,15 +14,15 @@ import msgspec
 
 from crumplezone.reports.records.report import Evidence, Exit, Fault, Frame, Step, Thread
 from crumplezone.sandbox.autopsy import observe
+from crumplezone.sandbox.autopsy.cfi.native import native_stack
 from crumplezone.sandbox.autopsy.classify import TAKEN, assertion, classify, fault_of
 from crumplezone.sandbox.autopsy.release import named_fault, release
 from crumplezone.sandbox.autopsy.sigframe.frame import SignalFrame, mend_null_call, read_signal_frame
 from crumplezone.sandbox.autopsy.stacks import take_stacks
 from crumplezone.sandbox.process.cgroup import oom_kills
 from crumplezone.sandbox.process.drain import Drain
-from crumplezone.sandbox.process.elf import read_elf
 from crumplezone.sandbox.process.process import Process
-from crumplezone.sandbox.process.procfs import Map, SystemCall, current_calls, find_map, read_maps, states
+from crumplezone.sandbox.process.procfs import Map, SystemCall, current_calls, read_maps, states
 
 _STOP_DEADLINE = 2.0  # seconds
 _HEAD_START = 0.05  # seconds: the job that goes on has the processors first; what is stopped keeps
@@ -73,6 +73,7 @@ class _Seen:
     limits: dict[str, str] = field(default_factory=dict)
     stacks: list[Thread] = field(default_factory=list)
     build_ids: dict[str, str] = field(default_factory=dict)
+    native: list[Frame] = field(default_factory=list)  # of the crashed thread, without the helper
     text: str = ""
 
     @property
@@ -210,6 +211,11 @@ def _look(death: Death, seen: _Seen) -> None:
             seen.frame = read_signal_frame(pid, calls, seen.maps)
             if seen.frame is None:
                 detail.append("no signal frame found on any thread")
+    if seen.frame:
+        with _step(death, "callers", _MAY_LOOK) as detail:
+            seen.native, ended = native_stack(pid, seen.maps, seen.frame)
+            detail.append(f"{len(seen.native)} frames of the crashed thread, for want of pystack's")
+            detail += [f"ended: {ended}"] if ended else []
     with _step(death, "threads", _MAY_LOOK):
         seen.threads = observe.thread_list(pid, calls, seen.maps)
     with _step(death, "memory and limits"):
@@ -277,24 +283,12 @@ def _ending(
 
 
 def _threads(seen: _Seen) -> list[Thread]:
-    """What /proc knows of each thread, with the stacks of pystack; without those, the faulting place."""
+    """What /proc knows of each thread, with pystack's stacks, or else what was found of the crashed one's."""
     stacks = {thread.tid: thread for thread in seen.stacks}
     threads = []
     for thread in seen.threads or seen.stacks:
         stack = stacks.get(thread.tid, thread)
         crashed = seen.frame is not None and thread.tid == seen.frame.tid
-        native = stack.native or ([_place(seen)] if crashed else [])
+        native = stack.native or (seen.native if crashed else [])
         threads.append(msgspec.structs.replace(thread, crashed=crashed, native=native, python=stack.python))
     return threads
-
-
-def _place(seen: _Seen) -> Frame:
-    """The frame that needs no unwinder: the program counter of the fault."""
-    assert seen.frame is not None
-    pc = int(seen.frame.registers.get("rip") or seen.frame.registers["pc"], 16)
-    within = find_map(seen.maps, pc)
-    if within is None:
-        return Frame(offset=hex(pc))
-    elf = read_elf(within.path)
-    offset = elf.address(pc - within.start + within.offset)
-    return Frame(module=within.path, build_id=elf.build_id, offset=hex(offset))

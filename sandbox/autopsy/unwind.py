@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import itertools
 import os
 import signal
@@ -19,8 +20,8 @@ from typing import Any, BinaryIO
 import msgspec
 
 from crumplezone.reports.records.report import Frame, Thread
-from crumplezone.sandbox.process.elf import read_elf, read_symbols
-from crumplezone.sandbox.process.procfs import Map, find_map, read_at, read_maps
+from crumplezone.sandbox.process.elf import locate, read_elf, read_symbols
+from crumplezone.sandbox.process.procfs import Map, read_at, read_maps
 
 _FRAMES_MAX, _OUTER_FRAMES = 128, 32
 _UNKNOWN = {"??", "???"}  # as pystack calls what has no name
@@ -28,6 +29,8 @@ _UNKNOWN = {"??", "???"}  # as pystack calls what has no name
 _TRAMPOLINES = (bytes.fromhex("48c7c00f0000000f05"), bytes.fromhex("681180d2010000d4"))
 _PR_SET_PDEATHSIG = 1
 _STACK = 32 * 1024 * 1024  # bytes: pystack calls itself for each Python frame, with some 1.6 KiB
+
+_symbols = functools.cache(read_symbols)
 
 
 class Part(StrEnum):
@@ -67,19 +70,17 @@ def _interrupted(frames: list[Any], mem: BinaryIO) -> set[int]:
 
 def _native(frame: Any, maps: list[Map], *, called: bool) -> Frame:
     symbol, file = ("" if text in _UNKNOWN else text for text in (frame.symbol, frame.path))
-    within = find_map(maps, frame.address)
-    if within is None or not within.path.startswith("/"):  # "[vdso]", memory of no file, nowhere
-        return Frame(symbol=symbol, module=within.path if within else "", offset=hex(frame.address))
-    elf = read_elf(within.path)
-    offset = elf.address(frame.address - within.start + within.offset)
+    module, build_id, offset = locate(maps, frame.address)
     # pystack looks up the address that a call returns to. A call that never returns (abort, throw) can be
-    # its function's last instruction: the address is then the first of another function.
-    if called and not symbol.endswith("(inlined)") and (symbols := read_symbols(within.path)).begins(offset):
-        symbol = _demangled(symbols.function(offset - 1))
+    # its function's last instruction: the address is then the first of another function, or of none.
+    if called and module.startswith("/") and not symbol.endswith("(inlined)"):
+        symbols = _symbols(module)
+        if not symbol or symbols.begins(offset):
+            symbol = _demangled(symbols.function(offset - 1))
     return Frame(
         symbol=symbol,
-        module=within.path,
-        build_id=elf.build_id,
+        module=module,
+        build_id=build_id,
         offset=hex(offset),
         file=file if frame.linenumber > 0 else "",  # without a line it is the ELF file again
         line=max(frame.linenumber, 0),

@@ -100,6 +100,28 @@ def _suspects(
     return sorted(((tid, call) for tid, call in calls.items() if call), key=rank)
 
 
+def returned(mem: BinaryIO, maps: list[Map], frame: SignalFrame) -> tuple[int, int] | None:
+    """After a jump to where no code is: program counter and stack pointer as if the call had just returned.
+
+    None if there is code, or none where it would return to.
+    """
+    layout = _LAYOUTS[frame.machine]
+    saved = {name: int(value, 16) for name, value in frame.registers.items()}
+    if is_code(maps, saved[layout.PC]):
+        return None
+    pc, sp = layout.returned(saved, int.from_bytes(read_at(mem, saved[layout.SP], 8), "little"))
+    return (pc, sp) if is_code(maps, pc) else None
+
+
+def interrupted(mem: BinaryIO, maps: list[Map], frame: SignalFrame) -> dict[str, int]:
+    """The registers of the thread at the fault, by name; after a jump to nowhere, those of its caller."""
+    layout = _LAYOUTS[frame.machine]
+    registers = {name: int(value, 16) for name, value in frame.registers.items()}
+    if back := returned(mem, maps, frame):
+        registers[layout.PC], registers[layout.SP] = back
+    return registers
+
+
 def mend_null_call(pid: int, maps: list[Map], frame: SignalFrame) -> bool:
     """After a jump to where no code is, let unwinders see the caller: they stop at such a program counter.
 
@@ -118,14 +140,11 @@ def mend_null_call(pid: int, maps: list[Map], frame: SignalFrame) -> bool:
         OSError: /proc refuses (permissions), or the process is gone.
     """
     layout = _LAYOUTS[frame.machine]
-    saved = {name: int(value, 16) for name, value in frame.registers.items()}
-    if is_code(maps, saved[layout.PC]):
-        return False
     with open(f"/proc/{pid}/mem", "r+b", 0) as mem:
-        pc, sp = layout.returned(saved, int.from_bytes(read_at(mem, saved[layout.SP], 8), "little"))
-        if not is_code(maps, pc):
+        back = returned(mem, maps, frame)
+        if back is None:
             return False
-        for at, value in ((layout.PC_AT, pc), (layout.SP_AT, sp)):
+        for at, value in zip((layout.PC_AT, layout.SP_AT), back, strict=True):
             mem.seek(frame.address + at)
             mem.write(value.to_bytes(8, "little"))
     return True

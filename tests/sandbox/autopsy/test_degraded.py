@@ -44,6 +44,8 @@ def test_without_ptrace_the_place_of_the_fault_remains() -> None:
     crashed = next(thread for thread in evidence.threads if thread.crashed)
     assert crashed.native[0].module.rpartition("/")[2].startswith("libc.so")
     assert crashed.native[0].build_id
+    assert crashed.native[-1].symbol == "_start"  # by way of all that called it
+    assert "for want of pystack's" in next(step.detail for step in evidence.steps if step.name == "callers")
     assert crashed.doing == "write"
 
 

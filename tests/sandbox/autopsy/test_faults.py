@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from crumplezone.reports.records.report import Exit
+from crumplezone.reports.analysis.frames import REST_UNKNOWN, function, interrupted, is_inlined
+from crumplezone.reports.records.report import Exit, Frame, Thread
+from crumplezone.sandbox.autopsy import autopsy
 from tests.support.processes.crashes import EXPECTED, check_stacks, crashed_thread, die, has_address
 from tests.support.services.faults import BUILD_ID, KINDS, build
 
@@ -21,9 +23,39 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("crashlib"))
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[autopsy._Seen]:
+    """What autopsies have seen, before it becomes evidence: the stack is there twice."""
+    found: list[autopsy._Seen] = []
+    threads = autopsy._threads
+
+    def note(each: autopsy._Seen) -> list[Thread]:
+        found.append(each)
+        return threads(each)
+
+    monkeypatch.setattr(autopsy, "_threads", note)
+    return found
+
+
+def comparable(frames: list[Frame]) -> list[tuple[str, ...]]:
+    return [(function(f), f.module, f.build_id, f.offset) for f in frames if not is_inlined(f)]
+
+
+def check_own_stack(seen: autopsy._Seen, kind: str) -> None:
+    """That the supervisor finds, frame by frame, what pystack does."""
+    assert seen.frame is not None
+    (theirs,) = [interrupted(thread.native) for thread in seen.stacks if thread.tid == seen.frame.tid]
+    if kind in {"stack overflow", "smashed stack"}:  # of which nobody has the whole stack
+        assert seen.native[-1].symbol == REST_UNKNOWN
+        last = next((at for at, frame in enumerate(theirs) if "left out" in frame.symbol), 1)
+        assert comparable(seen.native[:last]) == comparable(theirs[:last])
+    else:
+        assert comparable(seen.native) == comparable(theirs)
+
+
 @pytest.mark.parametrize("thread", ["main", "python", "native"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fault(library: Path, kind: str, thread: str) -> None:
+def test_fault(library: Path, seen: list[autopsy._Seen], kind: str, thread: str) -> None:
     evidence, info = die(library, kind, thread)
     expected = EXPECTED[kind]
     fault = evidence.fault
@@ -45,6 +77,7 @@ def test_fault(library: Path, kind: str, thread: str) -> None:
     if expected.signal == "SIGABRT":
         assert (fault.sender_pid, fault.sender_uid) == (evidence.pid, os.getuid())
     check_stacks(evidence, thread, expected.function)
+    check_own_stack(seen[0], kind)
 
 
 def test_registers_stay_those_of_the_fault_when_the_frame_is_mended(library: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crumplezone.sandbox.process.elf import Elf, read_elf
+from crumplezone.sandbox.process.elf import Elf, _read_elf, read_elf
 from crumplezone.sandbox.process.procfs import read_maps
 from tests.support.services.faults import BUILD_ID, build
 
@@ -47,4 +47,4 @@ def test_damaged_files_are_no_error(library: Path, tmp_path: Path, at: int, dama
     data = bytearray(library.read_bytes())
     data[at : at + len(damage)] = damage
     (tmp_path / "damaged").write_bytes(data[:cut])
-    assert len(read_elf.__wrapped__(str(tmp_path / "damaged")).build_id) <= 128
+    assert len(_read_elf.__wrapped__(str(tmp_path / "damaged"), ()).build_id) <= 128
