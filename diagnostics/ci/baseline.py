@@ -10,28 +10,37 @@ from typing import Literal
 import msgspec
 
 from crumplezone.errors import InputError
+from crumplezone.reports.analysis.same import canonical, is_same
 from crumplezone.reports.records.report import Signature
 from crumplezone.reports.records.run import CaseRecord, Ending, Fixed, News
 from crumplezone.reports.store import files
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_BYTES = 16 << 20
 
 _Failure = Literal["mismatch", "crash", "hang", "oom", "refused"]
 
 
-class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Known(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A signature that is expected, and the cases it was seen in."""
 
     title: str
     cases: list[str]
+    fault_class: str = ""  # of the signature, like what follows; a baseline of schema 1 has its id alone
+    key: list[str] = []
+    place: str = ""
+
+    def signature(self, name: str) -> Signature:
+        """The signature of this id."""
+        return Signature(name, self.fault_class, self.key, self.title, place=self.place)
 
 
 class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is expected to fail.
 
     Attributes:
-        signatures: By id. A known crash is known in whatever case it comes.
+        signatures: By id. A known crash is known in whatever case it comes, and however little of its stack
+            could be read.
         cases: How a case ends that fails in another way, by its id. Where a hang or an OOM was when it was
             killed is chance: its signature may be another every time.
     """
@@ -48,17 +57,17 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             listed = any(case.id in known.cases for known in self.signatures.values())
             return News.FIXED if listed or case.id in self.cases else News.EXPECTED
         if signature := _crash(case):
-            return News.KNOWN if signature.id in self.signatures else News.NEW
+            return News.KNOWN if self._matches(signature) else News.NEW
         return News.KNOWN if self.cases.get(case.id) == case.ending.value else News.NEW
 
     def fixed(self, cases: Iterable[CaseRecord]) -> list[Fixed]:
         """What is gone: signatures that no case has, where all that had them passed; cases that passed."""
-        passed, met = set(), set()
+        passed, met = set[str](), set[str]()
         for case in cases:
             if case.ending is Ending.PASS:
                 passed.add(case.id)
             if signature := _crash(case):
-                met.add(signature.id)
+                met |= self._matches(signature)
         gone = [
             Fixed(signature, known.title, known.cases)
             for signature, known in self.signatures.items()
@@ -70,18 +79,44 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """A baseline that expects what these cases did; of all others it expects what this one does."""
         told = [case for case in cases if case.ending is not Ending.ERROR]
         renewed = {case.id for case in told}
-        seen = {
-            signature: (known.title, set(known.cases) - renewed)
-            for signature, known in self.signatures.items()
-        }
+        heads = canonical([*self._known(), *filter(None, map(_crash, told))])
+        seen: dict[str, tuple[Signature, set[str]]] = {}
+
+        def expect(signature: Signature, names: Iterable[str]) -> None:
+            head = heads.get(signature.id, signature)
+            seen.setdefault(head.id, (head, set()))[1].update(names)
+
         failures = {case: ending for case, ending in self.cases.items() if case not in renewed}
         for case in told:
-            if signature := _crash(case):
-                seen.setdefault(signature.id, (signature.title, set()))[1].add(case.id)
+            if crash := _crash(case):
+                expect(crash, [case.id])
             elif case.ending is not Ending.PASS:
                 failures[case.id] = msgspec.convert(case.ending.value, _Failure)
-        signatures = {name: Known(title, sorted(ids)) for name, (title, ids) in sorted(seen.items()) if ids}
+        for signature in self._known():  # after the cases, which tell more of a signature than schema 1 did
+            expect(signature, set(self.signatures[signature.id].cases) - renewed)
+        signatures = {
+            name: Known(signed.title, sorted(ids), signed.fault_class, signed.key, signed.place)
+            for name, (signed, ids) in sorted(seen.items())
+            if ids
+        }
         return Baseline(signatures, dict(sorted(failures.items())))
+
+    def resolved(self, cases: Sequence[CaseRecord]) -> list[CaseRecord]:
+        """The cases, each with the signature that its crash is known by, here or among themselves."""
+        heads = canonical([*self._known(), *(case.signature for case in cases if case.signature)])
+        return [
+            msgspec.structs.replace(case, signature=heads[case.signature.id])
+            if case.signature and case.signature.id in heads
+            else case
+            for case in cases
+        ]
+
+    def _known(self) -> list[Signature]:
+        return [known.signature(name) for name, known in self.signatures.items()]
+
+    def _matches(self, signature: Signature) -> set[str]:
+        """The ids of what is known that can be the same crash."""
+        return {known.id for known in self._known() if is_same(signature, known)}
 
 
 def _crash(case: CaseRecord) -> Signature | None:

@@ -79,7 +79,7 @@ def run(job: Job, watch: Watch) -> RunRecord:
     with contextlib.closing(output), _logged(output.log):
         begun = msgspec.structs.replace(begun, started_at=output.started_at)
         ended, complete = _run_cases(job, output, expected, watch)
-        records = [ended[case.id] for case in job.cases if case.id in ended]
+        records = expected.resolved([ended[case.id] for case in job.cases if case.id in ended])
         models, place = _describe(job) if complete else ([], environment(None))
         record = msgspec.structs.replace(
             begun,

@@ -15,6 +15,7 @@ import numpy as np
 from crumplezone.diagnostics.replay.recipe import read_recipe
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, ModelError
 from crumplezone.errors import check_integer as check
+from crumplezone.reports.analysis.same import is_same
 from crumplezone.reports.analysis.signature import sign
 from crumplezone.reports.analysis.verdict import verdict_after
 from crumplezone.reports.records import report as schema
@@ -206,8 +207,7 @@ def _held_columns(held: Held) -> Columns:
 def crashed(evidence: Evidence, report: Report) -> Run:
     """A run that crashed. The recorded crash is signed anew: its signature may be older, or missing."""
     signature = sign(msgspec.structs.replace(report, evidence=evidence, signature=None))
-    same = signature.id == sign(report).id
-    return Run(Outcome.CRASHED, "", evidence, signature, same)
+    return Run(Outcome.CRASHED, "", evidence, signature, is_same(signature, sign(report)))
 
 
 def native_calls(batch: BatchRecord) -> int:

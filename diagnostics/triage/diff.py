@@ -10,7 +10,8 @@ from pathlib import PurePosixPath
 
 import msgspec
 
-from crumplezone.reports.analysis.signature import frames
+from crumplezone.reports.analysis.same import is_same
+from crumplezone.reports.analysis.signature import frames, signature_of
 from crumplezone.reports.records.report import BatchRecord, Generating, Report
 
 Facts = dict[str, str]
@@ -44,7 +45,6 @@ class Diff(msgspec.Struct, frozen=True):
 
 def compare(a: Report, b: Report) -> Diff:
     """Compare two reports; the native stacks are those of the crashed threads, normalised."""
-    signatures = [report.signature.id if report.signature else "" for report in (a, b)]
     facts_a, facts_b = _facts(a), _facts(b)
     facts_a["machine"] |= _only(a.environment.cpu_flags, b.environment.cpu_flags)
     facts_b["machine"] |= _only(b.environment.cpu_flags, a.environment.cpu_flags)
@@ -54,7 +54,7 @@ def compare(a: Report, b: Report) -> Diff:
         for name in facts_a[section] | facts_b[section]
         if facts_a[section].get(name, "") != facts_b[section].get(name, "")
     ]
-    same = bool(signatures[0]) and signatures[0] == signatures[1]
+    same = bool(a.signature and b.signature) and is_same(signature_of(a), signature_of(b))
     return Diff(same, differences, list(_align(frames(a), frames(b))))
 
 

@@ -13,7 +13,7 @@ from crumplezone.reports.analysis import signature
 from crumplezone.reports.printable import printable
 from crumplezone.reports.records.report import Exit, VerdictKind
 from crumplezone.reports.store.index import Row
-from crumplezone.reports.store.retention import Count
+from crumplezone.reports.store.retention import Count, removed
 from crumplezone.reports.store.store import Store
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Filter:
         """Whether a row is wanted."""
         model = f"{row.model}\n{row.description}".casefold()
         return (
-            row.signature.startswith(self.signature)
+            (row.signature.startswith(self.signature) or row.own.startswith(self.signature))
             and self.exit in (None, row.exit)
             and self.verdict in (None, row.verdict)
             and self.model.casefold() in model
@@ -126,7 +126,7 @@ def groups(reports: Iterable[Row], counts: Mapping[str, Count]) -> list[Group]:
     members: dict[str, list[Row]] = defaultdict(list)
     for row in reports:
         members[row.signature].append(row)
-    found = [_group(rows_of_one, counts.get(name)) for name, rows_of_one in members.items()]
+    found = [_group(rows_of_one, removed(rows_of_one, counts)) for rows_of_one in members.values()]
     return sorted(found, key=lambda group: (group.count, group.last_seen), reverse=True)
 
 
@@ -156,14 +156,15 @@ def _stack(store: Store, group: Group) -> Stack:
     return Stack(signed.fault_class if frames else signed.id, tuple(frames))
 
 
-def _group(found: list[Row], removed: Count | None) -> Group:
+def _group(found: list[Row], gone: Count | None) -> Group:
     oldest_first = sorted(found, key=lambda row: (row.crashed_at, row.id))
-    first = min(oldest_first, key=lambda row: row.same_as != "")  # min keeps the first of equals
+    # Of equals, min keeps the first.
+    first = min(oldest_first, key=lambda row: (row.same_as != "", row.signed != ""))
     latest = oldest_first[-1]
     seen = [oldest_first[0].crashed_at, latest.crashed_at]
-    if removed:
-        seen += [removed.first_seen, removed.last_seen]
-    pruned = removed.removed if removed else 0
+    if gone:
+        seen += [gone.first_seen, gone.last_seen]
+    pruned = gone.removed if gone else 0
     return Group(
         signature=first.signature,
         title=first.title if first.signature else "cannot be read",

@@ -9,9 +9,11 @@ from datetime import UTC, datetime, timedelta
 
 from markupsafe import Markup
 
+from crumplezone.reports.analysis.same import canonical
 from crumplezone.reports.html.markup import EMPTY, box, count, fold, strip, symbol, tag, text, time_text
 from crumplezone.reports.html.report import link
 from crumplezone.reports.records.run import CaseRecord, Fixed, News, RunRecord
+from crumplezone.reports.store import retention
 from crumplezone.reports.store.index import Row
 from crumplezone.reports.store.retention import Count
 
@@ -58,15 +60,24 @@ class Group:
 def groups(run: RunRecord | None, rows: Iterable[Row], removed: Mapping[str, Count]) -> list[Group]:
     """Group reports and cases by signature: the new ones first, then the most frequent."""
     found: dict[str, Group] = {}
-    for row in rows:
+    listed, cases = (
+        list(rows),
+        [(case, case.signature) for case in (run.cases if run else ()) if case.signature],
+    )
+    heads = canonical([*(row.identity() for row in listed), *(signed for _, signed in cases)])
+
+    def group(name: str, title: str, confidence: str) -> Group:
+        if head := heads.get(name):
+            name, title, confidence = head.id, head.title, head.confidence
+        return found.setdefault(name, Group(name, title, confidence))
+
+    for row in listed:
         title = row.title if row.signature else "cannot be read"
-        found.setdefault(row.signature, Group(row.signature, title, row.confidence)).rows.append(row)
-    for case in run.cases if run else ():
-        if signed := case.signature:
-            made = Group(signed.id, signed.title or signed.fault_class, signed.confidence)
-            found.setdefault(signed.id, made).cases.append(case)
-    for name, group in found.items():
-        group.removed = removed.get(name)
+        group(row.signature, title, row.confidence).rows.append(row)
+    for case, signed in cases:
+        group(signed.id, signed.title or signed.fault_class, signed.confidence).cases.append(case)
+    for name, each in found.items():
+        each.removed = retention.removed(each.rows, removed) or removed.get(name)
     return sorted(found.values(), key=lambda group: (group.news is not News.NEW, -group.count, group.title))
 
 

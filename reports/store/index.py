@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import MAXYEAR, MINYEAR, UTC, datetime
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import Annotated
 import msgspec
 
 from crumplezone.reports.analysis import signature
+from crumplezone.reports.analysis.same import canonical
 from crumplezone.reports.analysis.stack import frame_name, signal_name, top_frame
-from crumplezone.reports.records.report import SCHEMA_VERSION, Exit, Report, VerdictKind
+from crumplezone.reports.records.report import SCHEMA_VERSION, Exit, Report, Signature, VerdictKind
 from crumplezone.reports.store import files
 
 NAME = ".index.jsonl"
@@ -30,7 +31,8 @@ MAX_BYTES = 256 << 20
 """The largest index that is read: some 400,000 rows. A larger one is replaced."""
 
 _MAX_CHARS = 512
-_VERSION = 1  # of Row and row_of
+_MAX_PARTS = 8  # of a key
+_VERSION = 2  # of Row and row_of
 
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Stamp = tuple[int, int, int]
@@ -61,8 +63,12 @@ class Row(
     top: _Text = ""  # the top frame in one line
     result: _Text = ""
     signature: _Text = ""
+    signed: _Text = ""  # the report's own signature, where `resolved` has found that it belongs to another
     title: _Text = ""  # the signature's
     confidence: _Text = ""
+    fault_class: _Text = ""
+    key: tuple[_Text, ...] = ()
+    place: _Text = ""
     verdict: VerdictKind | None = None
     model: _Text = ""  # the path
     description: _Text = ""  # of the model
@@ -76,6 +82,16 @@ class Row(
 
     def __post_init__(self) -> None:
         check_time(self.crashed_at)
+
+    @property
+    def own(self) -> str:
+        """The id of the report's own signature."""
+        return self.signed or self.signature
+
+    def identity(self) -> Signature:
+        """What a signature is compared by."""
+        key = list(self.key)
+        return Signature(self.own, self.fault_class, key, self.title, self.confidence, place=self.place)
 
 
 def check_time(time: datetime) -> None:
@@ -99,7 +115,7 @@ def row_of(report: Report, stamp: Stamp, size: int, otherwise: datetime) -> Row:
         otherwise: When it crashed, if the report has no valid time.
     """
     frame = top_frame(report)
-    signed = report.signature or signature.sign(report)  # those of the first version bear none
+    signed = signature.signature_of(report)
     verdict, model = report.verdict, report.model
     versions = report.environment.versions
     return Row(
@@ -113,6 +129,9 @@ def row_of(report: Report, stamp: Stamp, size: int, otherwise: datetime) -> Row:
         signature=_cut(signed.id),
         title=_cut(signed.title),
         confidence=_cut(signed.confidence),
+        fault_class=_cut(signed.fault_class),
+        key=tuple(_cut(part) for part in signed.key[:_MAX_PARTS]),
+        place=_cut(signed.place),
         verdict=verdict.kind if verdict else None,
         model=_cut(model.path) if model else "",
         description=_cut(model.description) if model else "",
@@ -121,6 +140,19 @@ def row_of(report: Report, stamp: Stamp, size: int, otherwise: datetime) -> Row:
         redacted=report.redacted,
         same_as=_cut(report.same_as),
         bytes=size,
+    )
+
+
+def resolved(rows: Sequence[Row]) -> list[Row]:
+    """Rows of which each bears the signature that its crash is counted by, see `analysis.same.canonical`."""
+    seen = {(row.signature, row.place): row for row in rows if row.signature}
+    heads = canonical(row.identity() for row in seen.values())
+    return [_counted_by(row, heads[row.signature]) if row.signature in heads else row for row in rows]
+
+
+def _counted_by(row: Row, head: Signature) -> Row:
+    return msgspec.structs.replace(
+        row, signature=head.id, signed=row.signature, title=head.title, confidence=head.confidence
     )
 
 

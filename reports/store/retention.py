@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -70,7 +71,7 @@ class Pruned:
 
 
 class Count(msgspec.Struct, frozen=True):
-    """Reports of one signature ("": none is known) that were removed."""
+    """Reports of one signature of their own ("": none is known) that were removed."""
 
     signature: str
     removed: Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
@@ -84,12 +85,23 @@ class Count(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, row: Row) -> Count:
         """Count one report."""
-        return cls(row.signature, 1, row.crashed_at, row.crashed_at)
+        return cls(row.own, 1, row.crashed_at, row.crashed_at)
 
     def plus(self, other: Count) -> Count:
         """The sum of two counts of one signature."""
         first, last = min(self.first_seen, other.first_seen), max(self.last_seen, other.last_seen)
         return Count(self.signature, self.removed + other.removed, first, last)
+
+
+def removed(rows: Iterable[Row], counts: Mapping[str, Count]) -> Count | None:
+    """What was removed of the signatures that some rows bear, in sum.
+
+    Args:
+        rows: Those of one group.
+        counts: By signature: `Store.counts`.
+    """
+    found = [counts[name] for name in {row.own for row in rows} if name in counts]
+    return functools.reduce(Count.plus, found) if found else None
 
 
 class Ledger(msgspec.Struct, frozen=True):
@@ -169,13 +181,13 @@ def _over(value: int, limit: int | None) -> bool:
 def _removable(oldest_first: list[Row], old: Callable[[Row], bool]) -> list[Row]:
     firsts: dict[str, Row] = {}
     for row in oldest_first:
-        known = firsts.setdefault(row.signature, row)
+        known = firsts.setdefault(row.own, row)
         if known.same_as and not row.same_as:
-            firsts[row.signature] = row
+            firsts[row.own] = row
     return [
         row
         for row in oldest_first
-        if (row.corrupt and old(row)) or (row.signature and row is not firsts[row.signature])
+        if (row.corrupt and old(row)) or (row.signature and row is not firsts[row.own])
     ]
 
 

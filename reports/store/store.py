@@ -25,7 +25,16 @@ from crumplezone.reports.printable import printable
 from crumplezone.reports.records import report as schema
 from crumplezone.reports.records.report import Report
 from crumplezone.reports.store import files, retention
-from crumplezone.reports.store.index import NO_STAMP, Index, Row, Stamp, check_time, row_of, stamp_of
+from crumplezone.reports.store.index import (
+    NO_STAMP,
+    Index,
+    Row,
+    Stamp,
+    check_time,
+    resolved,
+    row_of,
+    stamp_of,
+)
 from crumplezone.reports.store.retention import Count, Ledger, Pruned, Retention
 from crumplezone.reports.store.shrink import fit
 
@@ -175,6 +184,8 @@ class Store:
     def rows(self) -> list[Row]:
         """All reports, newest first. One that cannot be read is listed with its problem.
 
+        A partial signature that belongs to another one is replaced by that.
+
         Only reports that the index does not know, or knows in another state, are read.
 
         Raises:
@@ -198,7 +209,7 @@ class Store:
             index.add(fresh)
         if lines + len(fresh) > 2 * max(len(rows), 50):
             index.rewrite(row for row in rows if row.stamp != NO_STAMP)
-        return sorted(rows, key=lambda row: (row.crashed_at, row.id), reverse=True)
+        return sorted(resolved(rows), key=lambda row: (row.crashed_at, row.id), reverse=True)
 
     def read(self, report_id: str) -> Report:
         """Read one report.

@@ -6,7 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from crumplezone.reports.records.report import Environment, Evidence, Report
+from crumplezone.reports.analysis.same import is_partial, only_match
+from crumplezone.reports.records.report import Environment, Evidence, Report, Signature
 
 FULL_PER_HOUR = 8
 """Reports of one signature that one process keeps in full within any hour."""
@@ -61,11 +62,14 @@ class Storm:
         self._exists = exists
         self._clock = clock
         # By signature, least recently seen first: its first report, and when the last full ones came.
-        self._seen: dict[str, tuple[str, deque[float]]] = {}
+        self._seen: dict[str, tuple[Signature, str, deque[float]]] = {}
 
     def admit(self, report: Report) -> Report:
         """Return a report as it is, or slim if its signature has had its share of this hour."""
-        first, times = self._seen.get(report.signature.id if report.signature else "", ("", deque[float]()))
+        known = self._known(report.signature)
+        if known is None:
+            return report
+        _, first, times = self._seen[known]
         is_share = len(times) == FULL_PER_HOUR and self._clock() - times[0] < _HOUR
         return slim(report, first) if is_share and self._exists(first) else report
 
@@ -73,12 +77,21 @@ class Storm:
         """Count a report that was written: what failed to be leaves nothing to refer to."""
         if report.signature is None:
             return
-        key = report.signature.id
-        first, times = self._seen.pop(key, ("", deque[float]()))
+        signature, first, times = report.signature, "", deque[float]()
+        if known := self._known(signature):
+            seen, first, times = self._seen.pop(known)
+            signature = seen if is_partial(signature) else signature
         if not report.same_as:
             if not times or not self._exists(first):
                 first, times = report.id, deque(maxlen=FULL_PER_HOUR)
             times.append(self._clock())  # drops the oldest
-        self._seen[key] = first, times
+        self._seen[signature.id] = signature, first, times
         if len(self._seen) > _MAX_SIGNATURES:
             del self._seen[next(iter(self._seen))]  # seen least recently
+
+    def _known(self, signature: Signature | None) -> str | None:
+        """By which id a crash is counted, if it has been seen."""
+        if signature is None or signature.id in self._seen:
+            return signature.id if signature else None
+        found = only_match(signature, (seen for seen, _, _ in self._seen.values()))
+        return found.id if found else None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from crumplezone.diagnostics.ci import baseline
 from crumplezone.diagnostics.ci.baseline import Baseline, Known
 from crumplezone.errors import InputError
+from crumplezone.reports.analysis.same import CUT
 from crumplezone.reports.records.report import Signature
 from crumplezone.reports.records.run import CaseRecord, Ending, Fixed, News, Shape
 
@@ -68,7 +69,10 @@ def test_a_failure_without_a_signature_is_fixed_when_its_case_passes() -> None:
 def test_an_update_leaves_what_was_not_run() -> None:
     run = [case("a", Ending.PASS), case("d", Ending.CRASH, "s2"), case("e", Ending.HANG)]
     updated = KNOWN.updated([*run, case("b", Ending.ERROR)])
-    assert updated.signatures == {"s1": Known("SIGSEGV in f", ["b"]), "s2": Known("SIGSEGV in s2", ["d"])}
+    assert updated.signatures == {
+        "s1": Known("SIGSEGV in f", ["b"]),
+        "s2": Known("SIGSEGV in s2", ["d"], "SIGSEGV"),
+    }
     assert updated.cases == {"c": "mismatch", "e": "hang", "h": "hang"}
     assert updated.updated([case("b", Ending.PASS)]).signatures.keys() == {"s2"}
 
@@ -101,7 +105,7 @@ def test_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "known.json"
     baseline.write(path, KNOWN)
     assert baseline.read(path) == KNOWN
-    assert msgspec.json.decode(path.read_bytes())["schema_version"] == 1
+    assert msgspec.json.decode(path.read_bytes())["schema_version"] == 2
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as editors on Windows do
     assert baseline.read(path) == KNOWN
     (tmp_path / "link.json").symlink_to(path)
@@ -119,7 +123,7 @@ def test_written_and_read(tmp_path: Path) -> None:
         ('{"signatures": {}}', "`schema_version`"),
         ('{"schema_version": 1, "sigs": {}}', "unknown field `sigs`"),
         ('{"schema_version": 1, "cases": {"a": "pass"}}', "Invalid enum value 'pass'"),
-        ('{"schema_version": 2, "other": {}}', "upgrade crumplezone"),
+        ('{"schema_version": 3, "other": {}}', "upgrade crumplezone"),
     ],
 )
 def test_what_is_no_baseline_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -139,3 +143,42 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path: Path) -> None:
     for write in (baseline.check_writable, lambda path: baseline.write(path, KNOWN)):
         with pytest.raises(InputError, match="cannot be written"):
             write(tmp_path / "no" / "known.json")
+
+
+WHOLE, CUT_SHORT, OTHER = (
+    Signature(name, "SIGSEGV", list(key), "SIGSEGV in f")
+    for name, key in (("whole", "fgh"), ("cut", ("f", CUT)), ("other", "xyz"))
+)
+
+
+def crash(name: str, signature: Signature) -> CaseRecord:
+    return CaseRecord(name, "m.gguf", Shape(), Ending.CRASH, signature=signature)
+
+
+@pytest.mark.parametrize(("known", "met"), [(WHOLE, CUT_SHORT), (CUT_SHORT, WHOLE)])
+def test_a_known_crash_stays_known_however_little_of_its_stack_is_read(
+    known: Signature, met: Signature
+) -> None:
+    expected = Baseline().updated([crash("a", known)])
+    run = [crash("a", met)]
+    assert expected.judge(run[0]) is News.KNOWN
+    assert expected.judge(crash("a", OTHER)) is News.NEW
+    assert expected.fixed([crash("b", met), case("a", Ending.PASS)]) == []  # it was met, elsewhere
+    updated = expected.updated(run)
+    assert updated.signatures == {"whole": Known(WHOLE.title, ["a"], "SIGSEGV", WHOLE.key)}
+    assert updated.updated(run) == updated
+
+
+def test_a_run_names_each_crash_by_the_fullest_signature_that_is_known() -> None:
+    expected = Baseline().updated([crash("a", WHOLE)])
+    run = [crash("a", CUT_SHORT), crash("b", OTHER), case("c", Ending.PASS)]
+    assert [record.signature for record in expected.resolved(run)] == [WHOLE, OTHER, None]
+    assert [record.signature for record in Baseline().resolved(run)] == [CUT_SHORT, OTHER, None]
+    assert [each.signature for each in Baseline().resolved([*run, crash("d", WHOLE)])][::3] == [WHOLE, WHOLE]
+
+
+def test_a_baseline_of_schema_1_is_read_and_completed() -> None:
+    old = Baseline({"whole": Known("SIGSEGV in f", ["a"])}, schema_version=1)
+    assert old.judge(crash("a", WHOLE)) is News.KNOWN
+    updated = old.updated([crash("a", WHOLE)])
+    assert updated == Baseline({"whole": Known("SIGSEGV in f", ["a"], "SIGSEGV", WHOLE.key)})

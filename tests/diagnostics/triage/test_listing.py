@@ -79,6 +79,18 @@ def test_groups_count_what_was_pruned_too() -> None:
     assert groups([], {"abc": removed}) == []
 
 
+def test_what_is_counted_by_another_signature_is_in_its_group() -> None:
+    """And what was removed of it; the group begins with a report that knows all there is to know."""
+    found = [row("b", 2), row("a", 1, signed="cut")]
+    counts = {
+        name: Count(name, number, found[0].crashed_at, found[0].crashed_at)
+        for name, number in (("abc", 3), ("cut", 4), ("other", 5))
+    }
+    (group,) = groups(found, counts)
+    assert (group.signature, group.count, group.pruned, group.first) == ("abc", 9, 7, "b")
+    assert [each.id for each in rows(found, Filter(signature="cut"))] == ["a"]
+
+
 def report(name: str, *frames: str) -> Report:
     stack = [Frame(frame, "/lib/libx.so") for frame in frames]
     evidence = Evidence(Exit.ABORT, 1, threads=[Thread(1, crashed=True, native=stack)])

@@ -60,6 +60,8 @@ def test_a_row_says_what_the_report_says(tmp_path: Path) -> None:
         signature=sign(full()).id,
         title=sign(full()).title,
         confidence="high",
+        fault_class="SIGSEGV",
+        key=("ggml_compute_forward_get_rows",),
         verdict=VerdictKind.BATCH_ONLY,
         model="/models/tiny.gguf",
         llama_cpp="b1",

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crumplezone.errors import InputError, ReportError
+from crumplezone.reports.analysis.same import CUT
 from crumplezone.reports.analysis.signature import sign
 from crumplezone.reports.formats import text
 from crumplezone.reports.records import report as schema
@@ -406,3 +407,61 @@ def test_slim_keeps_what_counts() -> None:
         assert not getattr(thin.evidence, dropped)
     assert len(schema.encode(thin)) < len(schema.encode(whole)) / 2
     assert "SIGSEGV" in text.summary(thin)
+
+
+# --- one crash, of which more or less is known
+
+
+def signed(number: int, key: list[str], days: int = 0, place: str = "") -> Report:
+    name = " ".join(key)
+    signature = Signature(name, "SIGSEGV", key, f"SIGSEGV in {key[0]}", place=place)
+    return msgspec.structs.replace(report(number, "", days), signature=signature)
+
+
+WHOLE, CUT_SHORT = ["f", "g", "h"], ["f", CUT]
+
+
+def test_what_is_cut_short_takes_part_in_the_storm() -> None:
+    storm = Storm(lambda _: True, Clock())
+    assert [admits(storm, signed(number, WHOLE)) for number in range(FULL_PER_HOUR - 1)] == [True] * 7
+    assert admits(storm, signed(8, CUT_SHORT))
+    assert not admits(storm, signed(9, CUT_SHORT))
+    assert not admits(storm, signed(10, WHOLE))
+    assert admits(storm, signed(11, ["x", "g", "h"]))
+
+
+def test_a_storm_of_what_was_cut_short_goes_on_when_more_is_known() -> None:
+    storm = Storm(lambda _: True, Clock())
+    assert [admits(storm, signed(number, CUT_SHORT)) for number in range(FULL_PER_HOUR)] == [True] * 8
+    assert not admits(storm, signed(9, WHOLE))
+    assert admits(storm, signed(10, ["f", "g", "i"]))  # not what the storm is known by, by now
+
+
+def test_what_is_cut_short_is_counted_by_the_whole_and_removed_with_it(tmp_path: Path) -> None:
+    reports = Store(tmp_path)
+    for number in range(6):
+        reports.write(signed(number, CUT_SHORT if number % 2 else WHOLE, days=number), "")
+    rows = reports.rows()
+    assert {(each.signature, each.own) for each in rows} == {("f g h", "f g h"), ("f g h", f"f {CUT}")}
+    reports.prune(NOTHING)
+    left = reports.rows()
+    assert [each.id for each in left] == ["r004", "r005"]  # the first of each as it was signed
+    gone = retention.removed(left, reports.counts())
+    assert gone is not None
+    assert gone.removed == 4
+    assert gone.first_seen < gone.last_seen
+
+
+def test_a_crash_that_may_be_one_or_another_stays_by_itself(tmp_path: Path) -> None:
+    reports = Store(tmp_path)
+    for number, key in enumerate((WHOLE, ["f", "g", "i"], CUT_SHORT)):
+        reports.write(signed(number, key), "")
+    assert {each.signature for each in reports.rows()} == {"f g h", "f g i", f"f {CUT}"}
+
+
+def test_a_place_without_a_name_is_found_again_in_its_build(tmp_path: Path) -> None:
+    reports = Store(tmp_path)
+    reports.write(signed(0, ["libllama.so+0x10"], place="libllama.so+0x10 build"), "")
+    reports.write(signed(1, WHOLE, place="libllama.so+0x10 build"), "")
+    reports.write(signed(2, ["x", "g", "h"], place="libllama.so+0x10 another"), "")
+    assert [each.signature for each in reports.rows() if each.id == "r000"] == ["f g h"]

@@ -275,7 +275,7 @@ def _find_side(store: Store, name: str) -> _Side:
     stored = store.rows()
     if not name or any(row.id.startswith(name) for row in stored):
         return _Side(store.read(name))
-    members = [row for row in stored if row.signature.startswith(name)]
+    members = [row for row in stored if any(each.startswith(name) for each in (row.signature, row.own))]
     signatures = {row.signature for row in members}
     if len(signatures) > 1:
         shown = ", ".join(sorted(signature[:SHORT] for signature in signatures)[:5])
