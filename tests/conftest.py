@@ -18,6 +18,7 @@ import crumplezone
 from crumplezone import Decoder
 from crumplezone.reports.records.report import Report
 from crumplezone.reports.store.store import Store
+from crumplezone.sandbox.autopsy.turns import FAMILIAR
 from crumplezone.workers.cells.targets import TARGETS
 from tests.support.decoders import Dose, Job, Open, Plant, Record, read_all
 from tests.support.models.tiny_gguf import write_tiny_llama
@@ -73,6 +74,12 @@ def no_process_is_left() -> Iterator[None]:
         gc.collect()  # a cell that nobody closed ends with its last reference
         psutil.wait_procs(children, timeout=5)
     assert psutil.Process().children(recursive=True) == []
+
+
+@pytest.fixture(autouse=True)
+def no_crash_is_familiar() -> None:
+    """A test's crash is examined in full, however many tests before it had the same."""
+    FAMILIAR.forget()
 
 
 @pytest.fixture

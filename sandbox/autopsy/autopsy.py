@@ -19,6 +19,7 @@ from crumplezone.sandbox.autopsy.classify import TAKEN, assertion, classify, fau
 from crumplezone.sandbox.autopsy.release import named_fault, release
 from crumplezone.sandbox.autopsy.sigframe.frame import SignalFrame, mend_null_call, read_signal_frame
 from crumplezone.sandbox.autopsy.stacks import take_stacks
+from crumplezone.sandbox.autopsy.turns import FAMILIAR, TURNS, crash_key
 from crumplezone.sandbox.process.cgroup import oom_kills
 from crumplezone.sandbox.process.drain import Drain
 from crumplezone.sandbox.process.process import Process
@@ -103,7 +104,10 @@ def _step(death: Death, name: str, remedy: str = "") -> Iterator[list[str]]:
 
 
 def begin(death: Death) -> Future[Evidence]:
-    """Stop the cell now, and do the rest beside the caller, on a thread; the future always gets evidence."""
+    """Stop the cell now, and do the rest beside the caller, on a thread; the future always gets evidence.
+
+    Where there is no thread, or what the dead hold would pile up, the caller does what is quick.
+    """
     if death.held or death.condemned:
         death.drain.watched = False  # from here on it is us who stop it
         if death.condemned:
@@ -113,25 +117,29 @@ def begin(death: Death) -> Future[Evidence]:
     death.steps += death.process.refused
     future: Future[Evidence] = Future()
     name = f"autopsy-{death.process.pid}"
+    if crowded := TURNS.crowded:
+        future.set_result(_autopsy(death, in_haste=crowded))
+        return future
     try:
         threading.Thread(target=lambda: future.set_result(_autopsy(death)), name=name).start()
     except (RuntimeError, MemoryError) as error:
         death.steps.append(_failed("autopsy", error, _MAY_START))
-        future.set_result(_autopsy(death, in_haste=True))
+        future.set_result(_autopsy(death, in_haste="the caller waits"))
     return future
 
 
-def _autopsy(death: Death, *, in_haste: bool = False) -> Evidence:
-    """``in_haste``: the caller waits, so without what takes longer than some milliseconds."""
+def _autopsy(death: Death, *, in_haste: str = "") -> Evidence:
+    """``in_haste``: why the caller waits for it, so without what takes longer than some milliseconds."""
     seen = _Seen()
-    try:
-        _examine(death, seen, in_haste=in_haste)
-    except Exception as error:  # noqa: BLE001 - it is ended and reported whatever was found in it
-        death.steps.append(_failed("autopsy", error))
-    return _end(death, seen)
+    with TURNS.autopsy():
+        try:
+            _examine(death, seen, in_haste=in_haste)
+        except Exception as error:  # noqa: BLE001 - it is ended and reported whatever was found in it
+            death.steps.append(_failed("autopsy", error))
+        return _end(death, seen)
 
 
-def _examine(death: Death, seen: _Seen, *, in_haste: bool) -> None:
+def _examine(death: Death, seen: _Seen, *, in_haste: str) -> None:
     process = death.process
     if not (death.held or death.condemned):
         return
@@ -139,10 +147,11 @@ def _examine(death: Death, seen: _Seen, *, in_haste: bool) -> None:
         time.sleep(_HEAD_START)
     with _step(death, "stop"):
         _await_stop(process)
+        death.drain.stop()  # what it said is read, and no more will come
+        process.lines.silence()
     if not process.ended:
         _look(death, seen)
-        if not in_haste:
-            _unwind(death, seen)
+        _look_closely(death, seen, in_haste=in_haste)
     elif death.held:
         death.steps.append(Step("hold", ok=False, detail="it ended before it could be looked at"))
     if death.held:
@@ -220,6 +229,20 @@ def _look(death: Death, seen: _Seen) -> None:
         seen.threads = observe.thread_list(pid, calls, seen.maps)
     with _step(death, "memory and limits"):
         seen.memory, seen.limits = observe.memory(pid), observe.limits(pid)
+
+
+def _look_closely(death: Death, seen: _Seen, *, in_haste: str) -> None:
+    """What takes a helper, unless that has to be left out."""
+    key = crash_key(seen.fault, _threads(seen))
+    refusal = in_haste or FAMILIAR.refusal(key)
+    if not refusal:
+        with TURNS.turn() as refusal:
+            if not refusal:
+                _unwind(death, seen)
+                if seen.stacks:
+                    FAMILIAR.count(key)
+    if refusal:
+        death.steps.append(Step("stacks (pystack)", ok=False, detail=f"left out: {refusal}"))
 
 
 def _unwind(death: Death, seen: _Seen) -> None:

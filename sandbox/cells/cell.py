@@ -21,6 +21,7 @@ from crumplezone.errors import CellDied, CellRefused, ShortageError, UsageError
 from crumplezone.reports.records.report import Exit, Frame
 from crumplezone.sandbox.autopsy import autopsy
 from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.sandbox.autopsy.turns import with_room
 from crumplezone.sandbox.ipc.arena import Arena, Shape
 from crumplezone.sandbox.ipc.channel import (
     Answer,
@@ -38,9 +39,9 @@ from crumplezone.sandbox.ipc.channel import (
 )
 from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.cgroup import oom_kills
-from crumplezone.sandbox.process.drain import abandon, drained
+from crumplezone.sandbox.process.drain import Drain, abandon, drained
 from crumplezone.sandbox.process.launch import Launcher, spawn
-from crumplezone.sandbox.process.process import POLL_MAX
+from crumplezone.sandbox.process.process import POLL_MAX, Process
 from crumplezone.sandbox.process.procfs import sizes
 
 _CLOSE_GRACE_MS = 500
@@ -75,6 +76,11 @@ def _caller_stack() -> list[Frame]:
     return [Frame(symbol=f.name, file=f.filename, line=f.lineno or 0) for f in reversed(here)]
 
 
+def _started(spec: CellSpec, start: Launcher) -> tuple[Process, Drain]:
+    process = start(spec.surroundings.adding(spec.env))
+    return process, drained(process, spec.memory_limit, stoppable=False)
+
+
 class Cell:
     """A running cell. Use it from one thread at a time.
 
@@ -93,8 +99,8 @@ class Cell:
         self._next_id = 1
         self._oom_kills = oom_kills()
         self._phase = "start"
-        self._process = process = start(spec.surroundings.adding(spec.env))
-        self._drain = drained(process, spec.memory_limit, stoppable=False)
+        self._process, self._drain = with_room(lambda: _started(spec, start))
+        process = self._process
         self._finalizer = weakref.finalize(self, abandon, process, self._drain, self._owner)
         self._channel = Channel(process.lines.sock, FromChild)
         self._poller, self._idle = select.poll(), select.poll()

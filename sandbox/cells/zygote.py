@@ -6,6 +6,7 @@ they live on when it dies, only their exit status goes with it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -256,17 +257,20 @@ class _Line:
 
     def _opened(self, pid: int) -> int:
         """A pidfd of the cell that it says it has forked: it is not believed."""
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
-                raise self._liar(pid) from None
-            self._left.append(pid)  # that process dies with its lines
-            raise
-        if pid in self._living or not _is_child(pid, pidfd, self.cell.pid):
-            os.close(pidfd)
-            raise self._liar(pid)
-        return pidfd
+        with contextlib.ExitStack() as stack:
+            try:
+                pidfd = os.pidfd_open(pid)
+                stack.callback(os.close, pidfd)
+                known = pid not in self._living and _is_child(pid, pidfd, self.cell.pid)
+            except OSError as error:
+                if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+                    raise self._liar(pid) from None
+                self._left.append(pid)  # that process dies with its lines
+                raise
+            if not known:
+                raise self._liar(pid)
+            stack.pop_all()
+            return pidfd
 
     def _liar(self, pid: int) -> CellDied:
         died = self.cell.condemn(
@@ -315,10 +319,11 @@ class _Line:
 
 
 def _is_child(pid: int, pidfd: int, parent: int) -> bool:
-    """Whether this process is a child of that one, and leads a group of its own."""
-    try:
-        _, *found = stat_fields(str(pid))[:3]
-        signal.pidfd_send_signal(pidfd, 0)  # not reaped: /proc has told of this process, not of a later one
-    except OSError:
-        return False
+    """Whether this process is a child of that one, and leads a group of its own.
+
+    Raises:
+        OSError: There is no such process, or no descriptor left to look at it.
+    """
+    _, *found = stat_fields(str(pid))[:3]
+    signal.pidfd_send_signal(pidfd, 0)  # not reaped: /proc has told of this process, not of a later one
     return found == [str(parent), str(pid)]

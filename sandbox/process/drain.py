@@ -146,7 +146,9 @@ class Drain:
             raise
 
     def stop(self) -> None:
-        """Read what is left, then end the threads. Call once the cell is reaped."""
+        """Read what is left, then end the threads. Call once the cell is stopped or reaped. Idempotent."""
+        if self._stop_write < 0:
+            return
         os.write(self._stop_write, b".")
         self._thread.join()
         self._close()
@@ -157,6 +159,7 @@ class Drain:
     def _close(self) -> None:
         os.close(self._stop_read)
         os.close(self._stop_write)
+        self._stop_read = self._stop_write = -1
 
     def stderr_tail(self) -> str:
         """The last 64 KiB of the cell's stdout and stderr."""

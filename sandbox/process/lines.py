@@ -27,12 +27,23 @@ class Lines:
     stderr_fd: int
     arena: Arena
 
-    def close(self) -> None:
-        """Close every descriptor, once."""
-        self.sock.close()
+    def silence(self) -> None:
+        """Close what nothing more is to be heard or had of; what was mapped of the arena stays.
+
+        Not the socket: at its end, a process that goes on for a moment would exit.
+        """
         self.log.close()
         self.arena.close()
-        for name in ("fault_fd", "parent_fd", "stderr_fd"):
+        self._close("stderr_fd")
+
+    def close(self) -> None:
+        """Close every descriptor, once."""
+        self.silence()
+        self.sock.close()
+        self._close("fault_fd", "parent_fd")
+
+    def _close(self, *names: str) -> None:
+        for name in names:
             fd = getattr(self, name)
             setattr(self, name, -1)
             if fd >= 0:

@@ -24,7 +24,7 @@ from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.sandbox.child import fork_server
 from tests.support.decoders import descriptors, kill, opened_since, wait_for_end
 from tests.support.native import liars
-from tests.support.processes.constrained import STRANGER
+from tests.support.processes.constrained import STRANGER, descriptors_used_up
 from tests.support.processes.crashes import EXPECTED, check_stacks, has_address
 from tests.support.processes.zygotes import DOUBLE, SPEC, Asked, Deaths, echo, evidence_of, parent
 from tests.support.services import faults
@@ -64,6 +64,26 @@ def test_a_cell_is_forked_with_what_the_zygote_has_loaded(grow: Grow) -> None:
         assert os.getpgid(cell.pid) == cell.pid
         cell.close()
     assert psutil.Process(seed.pid).children() == []  # reaped
+
+
+def test_a_want_of_descriptors_is_no_lie_of_the_zygote(grow: Grow, deaths: Deaths) -> None:
+    seed = grow()
+    seed.start()
+    known, refused = seed.pid, 0
+    for left in range(24):
+        with descriptors_used_up(but=left):
+            try:
+                cell = Cell(SPEC, seed.fork)
+            except OSError:
+                refused += 1
+                continue
+        cell.close()
+        break
+    assert 8 < refused < 24
+    assert seed.pid == known
+    assert deaths.empty()
+    Cell(SPEC, seed.fork).close()  # with this, those that came too late are reaped
+    assert psutil.Process(seed.pid).children() == []
 
 
 def open_files(pid: int | None) -> list[tuple[int, int]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -32,3 +36,17 @@ def die_in_a_supervisor(stunt: str, *refused: str, before_exec: Callable[[], Non
     command = [sys.executable, "-c", SUPERVISOR, stunt, *refused]
     done = subprocess.run(command, capture_output=True, preexec_fn=before_exec, check=True, timeout=60)
     return msgspec.json.decode(done.stdout, type=Evidence)
+
+
+@contextlib.contextmanager
+def descriptors_used_up(but: int) -> Iterator[None]:
+    """So many are left, and no gap below them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as taken:
+        top = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
+        while (fd := os.open(os.devnull, os.O_RDONLY)) <= top:
+            taken.callback(os.close, fd)
+        os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fd + but, hard))
+        taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        yield
