@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from crumplezone.errors import ReportError as ReportError
     from crumplezone.errors import SequenceError as SequenceError
     from crumplezone.errors import SequenceIdError as SequenceIdError
+    from crumplezone.errors import ShortageError as ShortageError
     from crumplezone.errors import TokenError as TokenError
     from crumplezone.errors import UsageError as UsageError
     from crumplezone.workers.batch.batch import Batch as Batch
@@ -51,7 +52,7 @@ _NAMES = {
     "errors": (
         *("BatchError", "BatchFullError", "CellDied", "CellRefused", "ContextError", "CrumplezoneError"),
         *("InputError", "MemoryLostError", "ModelError", "NotShownError", "PositionError", "ReportError"),
-        *("SequenceError", "SequenceIdError", "TokenError", "UsageError"),
+        *("SequenceError", "SequenceIdError", "ShortageError", "TokenError", "UsageError"),
     ),
     "workers.batch.batch": ("Batch",),
     "workers.decoder": ("Decoder",),
