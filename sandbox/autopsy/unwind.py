@@ -1,4 +1,4 @@
-"""Native and Python stacks of a held process, by pystack. Run as a helper process: ``-m ... PID PART``.
+"""Native and Python stacks of a held process, by pystack. Run as a helper process: ``-m ... PID PART FD``.
 
 A corrupt target can crash or stall an unwinder; the supervisor only reads the JSON that this prints.
 """
@@ -143,7 +143,10 @@ def main() -> None:
     """Print what can be found out about the process named on the command line, as JSON."""
     # The thread that spawned us waits for us, so here its death is the supervisor's.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    pid, part = int(sys.argv[1]), Part(sys.argv[2])
+    pid, part, line = int(sys.argv[1]), Part(sys.argv[2]), int(sys.argv[3])
+    with contextlib.suppress(ImportError):  # to be told of by `examine`
+        import pystack.engine  # noqa: F401 - what takes most of the start
+    os.close(line)  # from now on the deadline runs
 
     def work() -> None:
         sys.stdout.buffer.write(msgspec.json.encode(examine(pid, part)))

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from crumplezone.reports.analysis.frames import REST_UNKNOWN, function, interrupted, is_inlined
-from crumplezone.reports.records.report import Exit, Frame, Thread
+from crumplezone.reports.analysis.frames import REST_UNKNOWN
+from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.autopsy import autopsy
 from tests.support.processes.crashes import EXPECTED, check_stacks, crashed_thread, die, has_address
+from tests.support.processes.helpers import autopsies
+from tests.support.records.stacks import by_pystack, comparable
 from tests.support.services.faults import BUILD_ID, KINDS, build
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="faults of x86-64")
@@ -23,28 +25,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("crashlib"))
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[autopsy._Seen]:
-    """What autopsies have seen, before it becomes evidence: the stack is there twice."""
-    found: list[autopsy._Seen] = []
-    threads = autopsy._threads
-
-    def note(each: autopsy._Seen) -> list[Thread]:
-        found.append(each)
-        return threads(each)
-
-    monkeypatch.setattr(autopsy, "_threads", note)
-    return found
-
-
-def comparable(frames: list[Frame]) -> list[tuple[str, ...]]:
-    return [(function(f), f.module, f.build_id, f.offset) for f in frames if not is_inlined(f)]
-
-
 def check_own_stack(seen: autopsy._Seen, kind: str) -> None:
     """That the supervisor finds, frame by frame, what pystack does."""
-    assert seen.frame is not None
-    (theirs,) = [interrupted(thread.native) for thread in seen.stacks if thread.tid == seen.frame.tid]
+    theirs = by_pystack(seen)
     if kind in {"stack overflow", "smashed stack"}:  # of which nobody has the whole stack
         assert seen.native[-1].symbol == REST_UNKNOWN
         last = next((at for at, frame in enumerate(theirs) if "left out" in frame.symbol), 1)
@@ -55,7 +38,8 @@ def check_own_stack(seen: autopsy._Seen, kind: str) -> None:
 
 @pytest.mark.parametrize("thread", ["main", "python", "native"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fault(library: Path, seen: list[autopsy._Seen], kind: str, thread: str) -> None:
+def test_fault(library: Path, monkeypatch: pytest.MonkeyPatch, kind: str, thread: str) -> None:
+    seen = autopsies(monkeypatch)
     evidence, info = die(library, kind, thread)
     expected = EXPECTED[kind]
     fault = evidence.fault
