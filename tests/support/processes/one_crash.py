@@ -26,7 +26,7 @@ from crumplezone.reports.store.store import Store
 
 _HELPER = "crumplezone.sandbox.autopsy.unwind"
 _SPARED = 0.4  # of the helpers
-_TIMEOUT = 600.0  # seconds
+_TIMEOUT = 570.0  # seconds
 
 
 def crash(model: str, store: str, times: int) -> None:
