@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.errors import CellDied, InputError, UsageError, check_integer, check_texts
-from crumplezone.reports.store.store import default_directory
+from crumplezone.reports.store.store import directory_of
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.batch import Batch
@@ -121,9 +121,7 @@ class Decoder:
         self._changed = threading.Condition()
         self._busy = False
         self._closed = False
-        self._reporter = reporter = Reporter(
-            Path(reports) if reports else default_directory(), redacted=redact
-        )
+        self._reporter = reporter = Reporter(directory_of(reports), redacted=redact)
         self._cells = Cells.of(config, limits, reporter, start, spares)
         self._native = self._cells.decode_client(config)
         self._session = MemorySession(self._native, reporter, checkpoint_every)

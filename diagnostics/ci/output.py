@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from crumplezone.errors import InputError, ReportError
+from crumplezone.errors import InputError, ReportError, check_local
 from crumplezone.reports.formats import junit, sarif, summary
 from crumplezone.reports.html import page
 from crumplezone.reports.printable import printable
@@ -136,6 +136,7 @@ class Output:
         journal = self.directory / JOURNAL
         if not journal.exists() and (other := [n for n in _RENDERED if (self.directory / n).exists()]):
             raise self._refused(f"has a {other[0]}, but no {JOURNAL} of a run that wrote it: name another")
+        check_local("--out", self.directory)
         self.store.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(self.store.directory, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, f"{REPORTS} is not writable")

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from crumplezone.diagnostics.doctor.check import Check, State, in_words
-from crumplezone.errors import ReportError
-from crumplezone.reports.store.store import MAX_BYTES, default_directory
+from crumplezone.errors import InputError, ReportError
+from crumplezone.reports.store.store import MAX_BYTES, directory_of
 from crumplezone.sandbox.process import cgroup
 from crumplezone.sandbox.process.cgroup import HOST, oom_kills
 
@@ -121,13 +121,13 @@ def store(reports: Path | None) -> Check:
     costs = "every report: what happened is then only logged"
     remedy = "--reports or CRUMPLEZONE_REPORTS with a directory that this user may write"
     try:
-        directory = (default_directory() if reports is None else reports).absolute()
+        directory = directory_of(reports, "--reports").absolute()
         place = next(each for each in (directory, *directory.parents) if os.path.lexists(each))
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b".")
             file.flush()
         state = os.statvfs(place)
-    except ReportError as error:
+    except (ReportError, InputError) as error:
         return Check("report store", State.LACK, str(error), costs, remedy)
     except OSError as error:
         return Check("report store", State.LACK, f"{directory}: {error.strerror}", costs, remedy)

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from _pytest.skipping import evaluate_xfail_marks, xfailed_key  # a crash can be an expected failure
 
-from crumplezone.errors import ReportError
+from crumplezone.errors import InputError, ReportError
 from crumplezone.reports.analysis.signature import sign
 from crumplezone.reports.analysis.stack import crashed_thread
 from crumplezone.reports.formats.text import sections
@@ -98,7 +98,7 @@ def _file(config: pytest.Config, incident: Incident, command: list[str]) -> str:
         path = reporter.file_program(incident, command)
         reporter.flush()
         written = reporter.store.has(Path(path).name)
-    except (ReportError, OSError, RuntimeError) as error:
+    except (ReportError, InputError, OSError, RuntimeError) as error:
         return f"no report: {error}"
     return f"report: {path}" if written else "no report: set CRUMPLEZONE_REPORTS to a writable directory"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from crumplezone.errors import ReportError
+from crumplezone.errors import ReportError, check_local
 from crumplezone.reports.formats.text import render
 from crumplezone.reports.printable import printable
 from crumplezone.reports.records import report as schema
@@ -75,9 +75,11 @@ def default_directory() -> Path:
 
     Raises:
         ReportError: The user has no home directory.
+        InputError: ``$CRUMPLEZONE_REPORTS`` is a URL.
     """
     try:
         if chosen := os.environ.get("CRUMPLEZONE_REPORTS"):
+            check_local("$CRUMPLEZONE_REPORTS", chosen)
             return Path(chosen).expanduser()
         # The XDG specification says that a relative value is to be ignored.
         state = Path(os.environ.get("XDG_STATE_HOME", ""))
@@ -85,6 +87,23 @@ def default_directory() -> Path:
     except RuntimeError as error:
         raise ReportError(f"no place for crash reports ({error}): set CRUMPLEZONE_REPORTS") from error
     return base / "crumplezone" / "reports"
+
+
+def directory_of(reports: str | Path | None, field: str = "reports") -> Path:
+    """The directory of a store, as somebody has named it; of the default one if nobody has.
+
+    Args:
+        reports: A path, or None.
+        field: What it is called, for the error.
+
+    Raises:
+        InputError: It is a URL.
+        ReportError: As `default_directory`.
+    """
+    if not reports:
+        return default_directory()
+    check_local(field, reports)
+    return Path(reports)
 
 
 def new_id(now: datetime) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import re
 from typing import Any
 
 
@@ -60,6 +61,13 @@ def check_number(field: str, value: object, low: float, high: float) -> None:
     known = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not known or not low <= value <= high:  # type: ignore[operator]
         raise InputError(field, value, f"must be a number from {low:g} to {high:g}")
+
+
+def check_local(field: str, path: object) -> None:
+    """Raise `InputError` if a path that is to be written is a URL: it would be a directory with that name."""
+    # `Path` takes away one of its two slashes.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise InputError(field, str(path), "must be a path on this machine; copy from there to a URL")
 
 
 def check_texts(field: str, value: object) -> None:

@@ -154,6 +154,23 @@ def test_bad_output(tmp_path: Path, model: Path) -> None:
     assert "another" in (tmp_path / "out.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("command", "field"),
+    [
+        (("triage", "list", "--reports", "s3://bucket"), "--reports"),
+        (("exec", "--reports", "s3://bucket", "--", "true"), "--reports"),
+        (("demo", "--reports", "s3://bucket"), "reports"),
+        (("ci", "--out", "s3://bucket/run"), "--out"),
+    ],
+)
+def test_a_url_makes_no_directory(command: tuple[str, ...], field: str, tmp_path: Path) -> None:
+    done = crumplezone(*command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{field} is 's3:/bucket" in done.stderr
+    assert "path on this machine" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path: Path, model: Path) -> None:
     (tmp_path / "in.txt").write_text("hello\n")
     (tmp_path / "out.jsonl").write_text("precious, and without a line end")

@@ -8,7 +8,7 @@ from typing import Self
 
 import msgspec
 
-from crumplezone.reports.store.store import default_directory
+from crumplezone.reports.store.store import directory_of
 from crumplezone.workers.batch.batch import Batch
 from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.results import Result
@@ -57,7 +57,7 @@ class SafeBatchProcessor:
         spares: int | None = None,
     ) -> None:
         self._config = configure(model, n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
-        self._reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
+        self._reporter = Reporter(directory_of(reports), redacted=redact)
         self._cells = Cells.of(self._config, Limits(deadline, None), self._reporter, start, spares)
         self._safe_rungs = SafeRungs(
             self._cells.decode_client(self._config, "SafeBatchProcessor"), self._reporter

@@ -20,7 +20,7 @@ from crumplezone.errors import (
     UsageError,
     check_integer,
 )
-from crumplezone.reports.store.store import default_directory
+from crumplezone.reports.store.store import directory_of
 from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.llama.calls.client import decoded
@@ -156,7 +156,7 @@ class Llama(Facts, Completions):
         _check_model(path)
         lora = {"lora_path": str(located(lora_path))} if lora_path else {}  # as the model's
         config = LlamaConfig(str(path), self._parameters | lora, lookup)
-        reporter = Reporter(Path(reports) if reports else default_directory(), redacted=redact)
+        reporter = Reporter(directory_of(reports), redacted=redact)
         cells = Cells.of(config, limits, reporter, start, spares, "llama")
         self._session = Session(config, cells, spares)
         self._cache: Any = None

@@ -19,7 +19,7 @@ import typer
 from crumplezone.errors import InputError, ReportError, UsageError
 from crumplezone.reports.printable import printable
 from crumplezone.reports.records.report import Report
-from crumplezone.reports.store.store import Store, default_directory
+from crumplezone.reports.store.store import Store, directory_of
 
 Reports = Annotated[
     Path | None,
@@ -73,7 +73,7 @@ def to_type(command: str, reports: Path | None) -> str:
 
 def open_store(reports: Path | None) -> Store:
     """The store that was named, or the default one."""
-    return Store(default_directory() if reports is None else reports)
+    return Store(directory_of(reports, "--reports"))
 
 
 def read_report(store: Store, report_id: str) -> Report:

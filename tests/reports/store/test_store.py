@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from crumplezone.errors import ReportError
+from crumplezone.errors import InputError, ReportError
 from crumplezone.reports.analysis.signature import sign
 from crumplezone.reports.formats import text
 from crumplezone.reports.records import report as schema
@@ -59,6 +59,23 @@ def test_default_directory_follows_the_environment(monkeypatch: pytest.MonkeyPat
     assert store.default_directory() == Path("/state/crumplezone/reports")
     monkeypatch.setenv("CRUMPLEZONE_REPORTS", "~/mine")
     assert store.default_directory() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "gs://bucket/reports", "file:///tmp/x", Path("s3://bucket")])
+def test_a_url_is_no_store(url: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=rf"^reports is '{url}': must be a path on this machine"):
+        store.directory_of(url)
+    monkeypatch.setenv("CRUMPLEZONE_REPORTS", str(url))
+    with pytest.raises(InputError, match=rf"^\$CRUMPLEZONE_REPORTS is '{url}'"):
+        store.directory_of(None)
+
+
+@pytest.mark.parametrize("path", ["s3", "a:b", "./s3:/x", "/s3://x", "C:/x", ""])
+def test_a_path_is_a_store_whatever_its_name(
+    path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CRUMPLEZONE_REPORTS", str(tmp_path))
+    assert store.directory_of(path) == (Path(path) if path else tmp_path)
 
 
 def test_new_ids_are_in_utc_differ_and_are_valid(tmp_path: Path) -> None:
