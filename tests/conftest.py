@@ -19,6 +19,7 @@ from crumplezone import Decoder
 from crumplezone.reports.records.report import Report
 from crumplezone.reports.store.store import Store
 from crumplezone.sandbox.autopsy.turns import FAMILIAR
+from crumplezone.sandbox.ipc.errands import DELIVERY
 from crumplezone.workers.cells.targets import TARGETS
 from tests.support.decoders import Dose, Job, Open, Plant, Record, read_all
 from tests.support.models.tiny_gguf import write_tiny_llama
@@ -80,6 +81,13 @@ def no_process_is_left() -> Iterator[None]:
 def no_crash_is_familiar() -> None:
     """A test's crash is examined in full, however many tests before it had the same."""
     FAMILIAR.forget()
+
+
+@pytest.fixture(autouse=True)
+def what_was_logged_is_delivered() -> Iterator[None]:
+    """No test finds the lines of the one before."""
+    yield
+    assert DELIVERY.wait(30)
 
 
 @pytest.fixture

@@ -378,7 +378,7 @@ class Decoder:
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
-        self._reporter.flush()
+        self._reporter.flush(kept=True)
 
     def close(self) -> None:
         """End the cells and finish the reports. Waits for a call of another thread. Idempotent."""

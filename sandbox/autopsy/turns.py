@@ -17,8 +17,8 @@ from typing import TypeVar
 from crumplezone.reports.records.report import Fault, Thread
 from crumplezone.reports.store.storm import FULL_PER_HOUR
 
-_WAITING_PER_CORE = 2
-_AUTOPSIES_PER_CORE = 5  # with a turn, waiting, and as many that go without
+_WAITING_PER_CORE = 4
+_AUTOPSIES_PER_CORE = 7  # one with a turn, those that wait, and two that go without
 _PATIENCE = 15.0  # seconds for a turn: as long as a helper may take
 _ROOM = 2.0  # seconds for a dead process to be let go
 _TRIES = 8  # of a start, each after one was

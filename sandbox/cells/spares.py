@@ -15,13 +15,14 @@ from crumplezone.errors import CellDied
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.sandbox.ipc.errands import BesideLog
 from crumplezone.sandbox.process.launch import Starter, spawn
 
 _FAILURES_MAX = 3  # in a row
 _PAUSE = 0.3  # seconds: the job that has just been given a cell has the processors for itself first
 _JOIN = 1.0  # seconds for the thread's end, where it waits for a zygote that loads
 
-_log = logging.getLogger(__name__)
+_log = BesideLog(logging.getLogger(__name__))
 
 
 class SparePool:

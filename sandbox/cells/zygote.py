@@ -34,6 +34,7 @@ from crumplezone.sandbox.child.fork_server import (
     UnforkableError,
 )
 from crumplezone.sandbox.ipc.channel import MAX_FRAME
+from crumplezone.sandbox.ipc.errands import BesideLog
 from crumplezone.sandbox.ipc.scarcity import too_large
 from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.launch import Starter, launch, spawn
@@ -47,7 +48,7 @@ _REQUEST_MAX = MAX_FRAME - 1024  # bytes; a frame has some more
 _DEATHS_MAX = 3  # in a row, with no fork between them
 _RETRY = 60.0  # seconds after these: whoever killed it may have gone
 
-_log = logging.getLogger(__name__)
+_log = BesideLog(logging.getLogger(__name__))
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 

@@ -1,14 +1,13 @@
 """One thread per cell that keeps its stderr and log socket empty, and samples its memory and processor time.
 
-An undrained stderr pipe stops llama.cpp in the middle of a load; an undrained log socket likewise. So a
-second thread hands the log records to the caller's logging, whose handlers may take their time.
+An undrained stderr pipe stops llama.cpp in the middle of a load; an undrained log socket likewise. So it only
+hands on the log records to the caller's logging, whose handlers may take their time (see errands.py).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import select
 import signal
 import socket
@@ -21,13 +20,12 @@ import psutil
 
 from crumplezone.reports.records.report import Exit, Sample
 from crumplezone.sandbox.ipc.channel import CREATED_MAX, MAX_FRAME, LogLine, ProtocolError, decoded
+from crumplezone.sandbox.ipc.errands import DELIVERY
 from crumplezone.sandbox.process.process import Process
 from crumplezone.sandbox.process.procfs import sizes
 
 _STDERR_TAIL = 64 * 1024
 _LOG_TAIL = 200
-_STOP_GRACE = 1.0  # seconds for what was logged last
-_UNDELIVERED_MAX = 4096  # log records that wait for a slow handler; what comes then is only counted
 _NAMES_MAX = 1024  # of loggers that all cells of this process may add
 _LEVEL_MAX = 100  # a logger keeps something for each level that it was ever asked about
 _SAMPLES = 64
@@ -124,7 +122,6 @@ class Drain:
         self.peak_rss: int | None = None
         self._stderr = stderr or OutputTail()
         self._logs: deque[str] = deque(maxlen=_LOG_TAIL)
-        self._undelivered: queue.SimpleQueue[LogLine | None] = queue.SimpleQueue()
         self._dropped = 0
         self._decode = msgspec.msgpack.Decoder(LogLine).decode
         self._limit = memory_limit
@@ -134,27 +131,21 @@ class Drain:
         self._samples: deque[tuple[int, int, float]] = deque(maxlen=_SAMPLES)
         os.set_blocking(process.lines.stderr_fd, False)
         process.lines.log.setblocking(False)
-        self._deliverer = threading.Thread(target=self._deliver, name=f"logs-{process.pid}", daemon=True)
         self._thread = threading.Thread(target=self._run, name=f"drain-{process.pid}", daemon=True)
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            self._deliverer.start()
             self._thread.start()
         except BaseException:  # no thread could be had
-            self._undelivered.put(None)
             self._close()
             raise
 
     def stop(self) -> None:
-        """Read what is left, then end the threads. Call once the cell is stopped or reaped. Idempotent."""
+        """Read what is left, then end the thread. Call once the cell is stopped or reaped. Idempotent."""
         if self._stop_write < 0:
             return
         os.write(self._stop_write, b".")
         self._thread.join()
         self._close()
-        self._undelivered.put(None)
-        # A caller's logging handler may hold it. It then ends by itself, if the handler ever returns.
-        self._deliverer.join(_STOP_GRACE)
 
     def _close(self) -> None:
         os.close(self._stop_read)
@@ -225,21 +216,11 @@ class Drain:
                 line = _bounded(decoded(self._decode, data))
             except ProtocolError:
                 what = f"cell {self._process.pid} sent a log record that does not decode"
-                line = LogLine(__name__, logging.WARNING, what, time.time())
+                line = LogLine(_log.name, logging.WARNING, what, time.time())
             level = logging.getLevelName(line.level)
             self._logs.append(f"{level} {line.name}: {line.message[:_TAIL_MESSAGE_MAX]}")
-            if self._undelivered.qsize() < _UNDELIVERED_MAX:
-                self._undelivered.put(line)
-            else:
-                self._dropped += 1
+            self._log(line)
         return True
-
-    def _deliver(self) -> None:
-        while (line := self._undelivered.get()) is not None:
-            try:
-                self._log(line)
-            except Exception:  # noqa: BLE001 - a caller's logging handler raised: keep delivering
-                _log.debug("a log record could not be delivered", exc_info=True)
 
     def _log(self, line: LogLine) -> None:
         logger = _loggers.named(line.name)
@@ -250,7 +231,8 @@ class Drain:
             record.threadName = line.thread
             record.process = self._process.pid
             record.processName = "cell"
-            logger.handle(record)
+            if not DELIVERY.put(record):
+                self._dropped += 1
 
     def _sample(self) -> None:
         try:
@@ -330,3 +312,4 @@ def abandon(process: Process, drain: Drain, owner: int) -> None:
     drain.stop()
     process.close()
     process.lines.arena.release()
+    DELIVERY.wait()  # what was logged last

@@ -29,6 +29,7 @@ from crumplezone.errors import (
     TokenError,
     check_integer,
 )
+from crumplezone.sandbox.ipc.errands import BesideLog
 from crumplezone.workers.batch.batch import Batch
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ, Columns
 from crumplezone.workers.batch.ctypes_batch import MAX_TOKENS, read_llama_batch
@@ -41,7 +42,7 @@ LLAMA_TOKEN_NULL = -1
 
 llama_token = llama_pos = llama_seq_id = ctypes.c_int32
 
-_log = logging.getLogger("crumplezone")
+_log = BesideLog(logging.getLogger("crumplezone"))
 _INT32 = ctypes.POINTER(ctypes.c_int32)
 _Row = npt.NDArray[np.float32]
 

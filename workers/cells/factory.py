@@ -80,7 +80,7 @@ class Cells:
             context = config.context()
 
             def report(incident: Incident) -> None:
-                reporter.file_lone(incident, "zygote", "it was started again", context, None)
+                reporter.file_unasked(incident, "zygote", "it was started again", context)
 
             zygote = Zygote(spec, report)
         return cls(limits, reporter, zygote, int(zygote is not None) if spares is None else spares)

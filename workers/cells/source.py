@@ -214,7 +214,7 @@ def report_idle(reporter: Reporter | None, config: Any, incident: Incident) -> N
     if reporter:
         doing = "while it waited for work" if incident.phase == "idle" else "in reserve"
         result = "another process takes its place; no job was touched"
-        reporter.file_lone(incident, doing, result, config.context(), None)
+        reporter.file_unasked(incident, doing, result, config.context())
 
 
 def _warm(deadline: float | None, cell: Cell) -> None:

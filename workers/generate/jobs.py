@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from crumplezone.sandbox.ipc.errands import BesideLog
 from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.results import Result
@@ -19,7 +20,7 @@ from crumplezone.workers.protocol.sampling import Sampling
 
 _T = TypeVar("_T")
 
-_log = logging.getLogger(__name__)
+_log = BesideLog(logging.getLogger(__name__))
 
 
 class Stream(Future[Completion]):

@@ -6,13 +6,14 @@ import logging
 import threading
 
 from crumplezone.errors import UsageError
+from crumplezone.sandbox.ipc.errands import BesideLog
 from crumplezone.workers.generate.in_flight import Generation
 from crumplezone.workers.generate.jobs import Job, PromptJob, deliver, fail
 from crumplezone.workers.generate.queue import _CLOSED, Queue
 from crumplezone.workers.ladder.ladder import Ladder
 from crumplezone.workers.memory.session import MemorySession
 
-_log = logging.getLogger(__name__)
+_log = BesideLog(logging.getLogger(__name__))
 
 
 class Lane:

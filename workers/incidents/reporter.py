@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime as dt
 import logging
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,6 +23,7 @@ from crumplezone.reports.records.report import (
     BatchRecord,
     Environment,
     Evidence,
+    Exit,
     Outcome,
     Report,
     Verdict,
@@ -29,17 +33,20 @@ from crumplezone.reports.store.retention import DEFAULT_RETENTION
 from crumplezone.reports.store.store import Store, new_id
 from crumplezone.reports.store.storm import Storm
 from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.sandbox.ipc.errands import DELIVERY, BesideLog, Errands
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.incidents.job import JobRecord, _Crash
 from crumplezone.workers.model import file as model
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
 
 _PRUNE_EVERY = 64  # reports
+_KEPT = 2.0  # seconds: who ends our children first, and then us, does so within them
+_EXIT_MAX = 20.0  # seconds for the last reports of a program that ends: an autopsy may take 18
 _GOES_ON = "the job goes on"
 _OF_THE_JOB = ("ladder", "result", "blamed", "verdict")
 _OF_THE_CELL = ("context", "model", "environment")
 
-_log = logging.getLogger("crumplezone")
+_log = BesideLog(logging.getLogger("crumplezone"))
 
 
 def _outside(evidence: Evidence) -> Environment:
@@ -57,7 +64,10 @@ class Reporter:
     """Writes reports on a thread of its own, in order, signed and with the ladder's verdict.
 
     A report is written as soon as its evidence is there, and again when its job has ended: who kills this
-    process meanwhile loses none.
+    process meanwhile loses none. They are written until this process ends, be its main thread done or not.
+
+    Who ends this process may end its children first. So what was killed while nothing was asked of it is
+    reported a little later, unless this process has ended, or closes this, by then.
 
     Args:
         directory: The report store.
@@ -69,9 +79,9 @@ class Reporter:
         self._redacted = redacted
         self._storm = Storm(self.store.has)
         self._written = 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reporter")
-        self._pending: list[Future[None]] = []
-        self._lock = threading.Lock()  # lanes report from threads of their own
+        self._errands = Errands("reporter")
+        self._closed = False
+        _reporters.add(self)
 
     def add(
         self,
@@ -94,12 +104,9 @@ class Reporter:
             info: Likewise.
             command: The arguments of a program that crashed; it has neither batch nor config.
         """
-        report_id = new_id(incident.crashed_at)
-        path = str(self.store.path(report_id))
-        crash = _Crash(report_id, incident, rung, batch, config, info, path, command)
-        case.crashes.append(crash)
+        crash = self._noted(case, incident, rung, batch, config, info, command)
         self._submit(logging.DEBUG, self._begin, crash, case)
-        return path
+        return crash.path
 
     def file_lone(
         self,
@@ -116,6 +123,13 @@ class Reporter:
         path = self.add(case, incident, "native", None, config, info)
         self.file(case, config, info)
         return path
+
+    def file_unasked(self, incident: Incident, doing: str, result: str, config: CellConfig) -> None:
+        """Report the death of a process that had no job: in a while, if somebody killed it."""
+        case = JobRecord(result=result, ended=True)
+        case.step("native", Outcome.CRASHED, [], doing)
+        crash = self._noted(case, incident, "native", None, config)
+        self._submit(logging.ERROR, self._end_unasked, crash, case)
 
     def file_program(self, incident: Incident, command: Sequence[str]) -> str:
         """Report the crash of a program that is no cell; returns where its report will be."""
@@ -142,40 +156,67 @@ class Reporter:
         if failed:
             self.flush()
 
-    def flush(self) -> None:
-        """Wait until every report handed over is on disk (or its failure was logged)."""
-        with self._lock:
-            pending = list(self._pending)
-        for future in pending:
-            future.result()
+    def flush(self, *, kept: bool = False) -> None:
+        """Wait until every report handed over is on disk (or has failed). Not in the thread that writes them.
+
+        Args:
+            kept: Also those of what was killed while nothing was asked of it.
+        """
+        self._errands.wait()
+        if kept:
+            self._errands.hurry()
+            self._errands.wait()
 
     def close(self) -> None:
-        """Write what is left and end the thread."""
-        self._pool.shutdown(wait=True)
+        """Write what is left, and end the thread. Log records are waited for, but not for long."""
+        self._closed = True
+        self._errands.end()
+        DELIVERY.wait()
+
+    def leave(self, seconds: float) -> None:
+        """The interpreter ends: as `close`, within so many seconds."""
+        self._closed = True
+        self._errands.drop()
+        self._errands.wait(seconds)
+
+    def _noted(
+        self,
+        case: JobRecord,
+        incident: Incident,
+        rung: str,
+        batch: BatchRecord | None,
+        config: CellConfig | None = None,
+        info: CellInfo | None = None,
+        command: Sequence[str] = (),
+    ) -> _Crash:
+        report_id = new_id(incident.crashed_at)
+        path = str(self.store.path(report_id))
+        crash = _Crash(report_id, incident, rung, batch, config, info, path, command)
+        case.crashes.append(crash)
+        return crash
 
     def _submit(
         self, level: int, write: Callable[[_Crash, JobRecord], None], crash: _Crash, case: JobRecord
     ) -> None:
-        def run() -> None:
-            try:
-                write(crash, case)
-            except Exception as error:  # noqa: BLE001 - a report that fails must not fail the job
-                _log.log(level, "the report of crash %s could not be written: %s", crash.id, error)
+        self._errands.put(partial(_told, level, write, crash, case))
+        if _ending.is_set():  # nobody else waits for it any more
+            self._errands.wait(_EXIT_MAX)
 
-        with self._lock:
-            self._pending = [future for future in self._pending if not future.done()]
-            try:
-                self._pending.append(self._pool.submit(run))
-            except RuntimeError:  # the interpreter ends, and nobody has closed the decoder
-                _log.log(level, "the report of crash %s was not written: the program ends", crash.id)
+    def _end_unasked(self, crash: _Crash, case: JobRecord) -> None:
+        if not _killed(crash):
+            self._end(crash, case)
+        elif not self._closed:
+            self._errands.keep(partial(_told, logging.ERROR, self._end, crash, case), _KEPT)
 
     def _begin(self, crash: _Crash, case: JobRecord) -> None:
         crash.incident.evidence.result()
-        if not case.ended:  # else all of it is written at once
+        if not case.ended and not _dropped(crash):  # else all of it is written at once
             report = _compose(crash, JobRecord(steps=list(case.steps), result=_GOES_ON))
             self._write(self._finish(report, from_exit(report)))
 
     def _end(self, crash: _Crash, case: JobRecord) -> None:
+        if _dropped(crash):
+            return
         report = _compose(crash, case)
         report = self._finish(report, from_ladder(report))
         report = self._update(report) if self.store.has(crash.id) else self._write(report)
@@ -207,6 +248,40 @@ class Reporter:
             self.store.prune(DEFAULT_RETENTION)
         except ReportError as error:  # another process is pruning, or may not
             _log.debug("the store was not pruned: %s", error)
+
+
+def _told(level: int, write: Callable[[_Crash, JobRecord], None], crash: _Crash, case: JobRecord) -> None:
+    try:
+        write(crash, case)
+    except Exception as error:  # noqa: BLE001 - a report that fails must not fail the job
+        _log.log(level, "the report of crash %s could not be written: %s", crash.id, error)
+
+
+def _killed(crash: _Crash) -> bool:
+    return crash.incident.evidence.result().exit == Exit.KILLED
+
+
+def _dropped(crash: _Crash) -> bool:
+    """Whether this process ends, and its cells with it: that is no crash."""
+    return _ending.is_set() and _killed(crash)
+
+
+_reporters: weakref.WeakSet[Reporter] = weakref.WeakSet()
+_ending = threading.Event()
+
+
+def _finish() -> None:
+    """At the end of the interpreter, before the finalizers that end the cells."""
+    _ending.set()
+    end = time.monotonic() + _EXIT_MAX
+    for reporter in list(_reporters):
+        reporter.leave(max(end - time.monotonic(), 0.0))
+    DELIVERY.wait()
+
+
+# Handlers are called in the reverse order (atexit), and the first finalizer registers that of all others.
+weakref.finalize(_ending, lambda: None)
+atexit.register(_finish)
 
 
 def _compose(crash: _Crash, case: JobRecord) -> Report:

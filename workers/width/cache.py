@@ -14,6 +14,7 @@ from typing import Annotated
 import msgspec
 
 from crumplezone.reports.store import files
+from crumplezone.sandbox.ipc.errands import BesideLog
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.protocol.config import CellConfig
 from crumplezone.workers.protocol.width import Weighed
@@ -24,7 +25,7 @@ _ENTRIES = 64  # the latest; an entry has under 2 kB
 _LIMIT = 2**18  # bytes of the file
 _HEAD = 2**16  # bytes of a model that are hashed: its metadata, or the better part of it
 
-_log = logging.getLogger("crumplezone")
+_log = BesideLog(logging.getLogger("crumplezone"))
 
 
 class Rate(msgspec.Struct, frozen=True, array_like=True):

@@ -12,6 +12,7 @@ import msgspec
 from crumplezone.errors import CellDied, CellRefused
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.sandbox.ipc.errands import BesideLog
 from crumplezone.sandbox.process.cgroup import available_memory
 from crumplezone.workers.cells.client import CellClient
 from crumplezone.workers.cells.source import CellSource
@@ -40,7 +41,7 @@ _SLOW = 1.0  # seconds for a token: then a race would take many
 _DISTURBED = 0.05  # of the time, the cell waited for a processor: the result is not kept
 _DEADLINE = 30.0  # seconds for a call. None is made that is expected to take more than 3
 
-_log = logging.getLogger("crumplezone")
+_log = BesideLog(logging.getLogger("crumplezone"))
 _known: dict[str, Found | None] = {}  # by this process; None: it failed, and is not tried again
 
 

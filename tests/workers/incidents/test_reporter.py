@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,10 +24,11 @@ from crumplezone.reports.store.store import Store
 from crumplezone.reports.store.storm import FULL_PER_HOUR
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
+from crumplezone.sandbox.ipc.errands import DELIVERY
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.protocol.config import CellConfig
-from tests.support.decoders import batch_of
+from tests.support.decoders import batch_of, kill, read_all
 from tests.support.processes.cells import spec
 from tests.support.services.stunts import Echo, Stunt
 
@@ -78,6 +81,7 @@ def test_a_report_is_there_before_its_job_has_ended(
     assert [step.outcome for step in late.ladder] == [Outcome.CRASHED, Outcome.OK]
     assert late.evidence == early.evidence
     assert "result: cured" in (path / "report.txt").read_text()
+    assert DELIVERY.wait(30)
     assert len(caplog.messages) == 1
     assert caplog.messages[0].endswith(f"Result: cured. Report: {path}")
 
@@ -148,6 +152,7 @@ def test_a_storm_never_refers_to_what_is_not_there(
     caplog.clear()
     for _ in range(FULL_PER_HOUR + 1):
         report_one(reporter, incident)
+    assert DELIVERY.wait(30)
     assert len([each for each in caplog.messages if "could not be written" in each]) == FULL_PER_HOUR + 1
     store.directory.unlink()
     assert store.read(report_one(reporter, incident)).same_as == ""
@@ -191,3 +196,197 @@ def test_bytes_that_are_not_utf8_lose_no_report(
     assert found.environment.variables["LANG"] == r"caf\udce9"
     (row,) = store.rows()
     assert row.problem == ""
+
+
+AFTER_MAIN = """
+import sys, threading
+from pathlib import Path
+from crumplezone.workers.incidents.job import JobRecord
+from crumplezone.workers.incidents.reporter import Reporter
+from tests.workers.incidents.test_reporter import BATCH, lose
+
+def work(reporter):
+    threading.main_thread().join()
+    case = JobRecord()
+    path = reporter.add(case, lose(), "native", BATCH)
+    reporter.file(case, None, None, failed=True)
+    print(Path(path, "report.json").exists())
+
+if __name__ == "__main__":
+    threading.Thread(target=work, args=(Reporter(Path(sys.argv[1])),)).start()
+"""
+AT_EXIT = """
+import atexit, sys
+from pathlib import Path
+which, place = sys.argv[1:]
+
+def crash():
+    from tests.workers.incidents.test_reporter import BATCH, CONFIG, lose
+    reporter.file_lone(lose(), "tokenize", "failed", CONFIG, None)
+
+if which == "before":
+    atexit.register(crash)
+from crumplezone.workers.incidents.reporter import Reporter
+if which == "after":
+    atexit.register(crash)
+reporter = Reporter(Path(place))
+"""
+
+
+def run(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_reports_are_written_though_the_main_thread_has_ended(store: Store) -> None:
+    done = run(AFTER_MAIN, store.directory)
+    assert done.stdout == "True\n", done.stderr
+    (row,) = store.rows()
+    assert (row.signal, row.problem) == ("SIGSEGV", "")
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_reports_are_written_until_the_process_ends(which: str, store: Store) -> None:
+    """By a handler of atexit that was registered before ours, and so is called after it; and the reverse."""
+    done = run(AT_EXIT, which, store.directory)
+    assert "Traceback" not in done.stderr
+    (row,) = store.rows()
+    assert (row.result, row.signal, row.problem) == ("failed", "SIGSEGV", "")
+
+
+class Stuck(logging.Handler):
+    """Holds the thread that logs until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here, self.go = threading.Event(), threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - the signature of handlers
+        self.here.set()
+        self.go.wait(20)
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    handler = Stuck()
+    logging.getLogger("crumplezone").addHandler(handler)
+    yield handler
+    handler.go.set()
+    logging.getLogger("crumplezone").removeHandler(handler)
+
+
+def test_a_stuck_handler_delays_no_report_and_nobody_who_waits_for_one(
+    reporter: Reporter, store: Store, stuck: Stuck
+) -> None:
+    begin = time.monotonic()
+    for n in range(2):
+        case = JobRecord(result=f"failed {n}")
+        reporter.add(case, lose(), "native", BATCH, CONFIG)
+        reporter.file(case, CONFIG, None, failed=True)
+        assert stuck.here.wait(30)
+    assert sorted(row.result for row in store.rows()) == ["failed 0", "failed 1"]
+    reporter.close()
+    assert not stuck.go.is_set()
+    assert time.monotonic() - begin < 15
+
+
+def test_a_logging_handler_may_wait_for_reports(reporter: Reporter, store: Store) -> None:
+    told: list[int] = []
+
+    class Asks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - the signature of handlers
+            reporter.flush(kept=True)
+            reporter.close()
+            told.append(len(store.rows()))
+
+    handler = Asks()
+    logging.getLogger("crumplezone").addHandler(handler)
+    report_one(reporter, lose())
+    assert DELIVERY.wait(30)
+    logging.getLogger("crumplezone").removeHandler(handler)
+    assert told == [1]
+
+
+def killed_idle() -> Incident:
+    cell = Cell(spec())
+    kill(cell.pid)
+    died = cell.died_idle()
+    assert died is not None
+    return Incident.of(died)
+
+
+def file_killed(reporter: Reporter) -> None:
+    reporter.file_unasked(killed_idle(), "in reserve", "another takes its place", CONFIG)
+    reporter.flush()
+
+
+def test_what_was_killed_with_no_job_is_reported_when_nobody_ends_us_too(
+    reporter: Reporter, store: Store
+) -> None:
+    file_killed(reporter)
+    assert store.rows() == []
+    change, done = reporter._errands._change, reporter._errands.done
+    with change:
+        assert change.wait_for(lambda: reporter._errands.done > done, 30)
+    (row,) = store.rows()
+    assert (row.exit, row.result) == (Exit.KILLED, "another takes its place")
+
+
+def test_what_was_killed_with_no_job_is_reported_when_it_is_asked_for(
+    reporter: Reporter, store: Store
+) -> None:
+    file_killed(reporter)
+    reporter.flush(kept=True)
+    assert [row.exit for row in store.rows()] == [Exit.KILLED]
+
+
+def test_what_was_killed_with_no_job_is_not_reported_when_all_is_closed(
+    reporter: Reporter, store: Store
+) -> None:
+    file_killed(reporter)
+    reporter.close()
+    reporter.file_unasked(killed_idle(), "in reserve", "another takes its place", CONFIG)
+    reporter.flush(kept=True)
+    assert store.rows() == []
+
+
+def test_what_crashed_with_no_job_is_reported_at_once(reporter: Reporter, store: Store) -> None:
+    reporter.file_unasked(lose(), "in reserve", "another takes its place", CONFIG)
+    reporter.close()
+    assert [row.exit for row in store.rows()] == [Exit.SIGNAL]
+
+
+ENDED = """
+import os, signal, sys, threading
+import psutil
+from crumplezone import Batch, Decoder
+how, model, place = sys.argv[1:]
+decoder = Decoder(model, n_seq_max=1, n_threads=1, reports=place)
+decoder.decode(Batch.of([[4]]))
+decoder._native.wait_for_spares(30)
+if how == "children first":
+    first = decoder.processes["zygote"]
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    while decoder.processes["zygote"] in (first, []):  # until it was seen
+        os.sched_yield()
+    os.kill(os.getpid(), signal.SIGKILL)
+again = threading.Event()
+
+def work():
+    while True:
+        decoder.memory.clear()
+        decoder.decode(Batch.of([[4]]))
+        again.set()
+
+if how == "in the middle":
+    threading.Thread(target=work, daemon=True).start()
+    again.wait(30)
+"""
+
+
+@pytest.mark.parametrize("how", ["in the middle", "children first"])
+def test_a_process_that_ends_reports_no_kill(how: str, tiny: Path, store: Store) -> None:
+    done = run(ENDED, how, tiny, store.directory)
+    assert done.returncode == (-9 if how == "children first" else 0), done.stderr
+    assert [report.evidence for report in read_all(store)] == []

@@ -17,6 +17,7 @@ from crumplezone import Llama
 from crumplezone.errors import ContextError, InputError, ModelError
 from crumplezone.reports.records.report import Exit, Phase
 from crumplezone.reports.store.store import Store
+from crumplezone.sandbox.ipc.errands import DELIVERY
 from crumplezone.workers.llama.calls import checkpoint, session
 from tests.support.decoders import OpenLlama, kill, read_all
 from tests.support.native.llama_poison import Poison
@@ -81,6 +82,7 @@ def test_what_would_be_dear_is_made_for_who_asks(
         llama = open_llama(**options)
     assert llama._session.wait_for_spares(0)  # for none
     assert llama.processes["spares"] == []
+    assert DELIVERY.wait(30)
     (told,) = [record.message for record in caplog.records if "no spare cell" in record.message]
     assert "spares=1" in told
     assert ("logits_all" if why == "logits_all" else "MiB") in told

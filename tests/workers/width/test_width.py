@@ -24,6 +24,7 @@ from crumplezone.reports.records.report import Exit
 from crumplezone.reports.store.store import Store
 from crumplezone.sandbox.cells.cell import CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.sandbox.ipc.errands import DELIVERY
 from crumplezone.workers.cells.targets import SEEDS
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
@@ -153,6 +154,7 @@ def test_a_model_that_generates_nothing(
 ) -> None:
     with caplog.at_level(logging.WARNING, "crumplezone"):
         assert chosen(write_tiny_bert(tmp_path / "bert.gguf")) == Width(1, 1)
+    assert DELIVERY.wait(30)
     assert "the width was not measured: this kind of model does not generate text" in caplog.text
     assert read_all(store) == []
 
@@ -214,6 +216,7 @@ def test_a_refusal(
     monkeypatch.setenv(width_stunts.VARIABLE, "fill refuse")
     plant("width", width_stunts.TARGET)
     assert chosen(tiny, n_seq=7, most_threads=2) == Width(7, 2)
+    assert DELIVERY.wait(30)
     assert "the width was not measured: refused on demand" in caplog.text
 
 

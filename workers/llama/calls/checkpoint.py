@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from crumplezone.errors import CellRefused, ShortageError
+from crumplezone.sandbox.ipc.errands import BesideLog
 from crumplezone.workers.protocol.llama import common_prefix
 
 _SHARE = 0.02  # of the time that cells compute, states take
@@ -18,7 +19,7 @@ _BYTES_MAX = 2**28  # of a state: a larger one is not kept, as it would be copie
 _OF_LIMIT = 16  # nor one of more than this part of what a cell may take: it crosses its arena
 
 
-_log = logging.getLogger(__name__)
+_log = BesideLog(logging.getLogger(__name__))
 
 
 class Stateful(Protocol):

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from typing import Any
 
 from crumplezone.errors import UsageError
+from crumplezone.sandbox.ipc.errands import BesideLog
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.cells.factory import Cells
 from crumplezone.workers.llama.calls.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from crumplezone.workers.protocol.llama import LlamaConfig, LlamaInfo, LlamaSeed
 
 _SPARE_MAX = 2**29  # bytes of a context: a larger one is made a second time only for who asks for it
 
-_log = logging.getLogger("crumplezone")
+_log = BesideLog(logging.getLogger("crumplezone"))
 
 
 class Session:
@@ -156,7 +157,7 @@ class Session:
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
-        self._cells.reporter.flush()
+        self._cells.reporter.flush(kept=True)
 
     def _check(self, *, query: bool = False) -> None:
         if os.getpid() != self._owner:
