@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from crumplezone import Llama
-from crumplezone.errors import ContextError, InputError, ModelError
+from crumplezone.errors import ContextError, InputError, ModelError, ShortageError
 from crumplezone.reports.records.report import Exit, Phase
 from crumplezone.reports.store.store import Store
 from crumplezone.sandbox.ipc.errands import DELIVERY
@@ -239,7 +239,7 @@ def test_rare_states_cost_nothing_that_shows() -> None:
     assert kept.serves([1] * 16 + [2])
     assert not kept.serves([1] * 15 + [2])
     kept.make([2] * 20, Memory(b""))  # too large to be kept
-    kept.make([2] * 20, Memory(OSError("no memory")))
+    kept.make([2] * 20, Memory(ShortageError("a state", "no memory")))
     assert kept.serves([1] * 30)
     assert kept.give(Memory(b"")) == [1] * 20
     assert kept.give(Memory(MemoryError())) == []

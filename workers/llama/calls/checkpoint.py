@@ -74,7 +74,7 @@ class Checkpoint:
         start, state = time.perf_counter(), b""
         try:
             state = client.save(0, self.bytes_max)
-        except (CellRefused, ShortageError) as error:
+        except (CellRefused, ShortageError, MemoryError) as error:
             _log.debug("no state was saved: %s", error)
         self._cost, self._computed = time.perf_counter() - start, 0.0
         if state:
@@ -92,7 +92,7 @@ class Checkpoint:
         """
         try:
             client.restore(self.state)
-        except (CellRefused, ShortageError) as error:
+        except (CellRefused, ShortageError, MemoryError) as error:
             _log.debug("a cell begins without the saved state: %s", error)
             return []
         return self.tokens
