@@ -16,7 +16,7 @@ import msgspec
 from crumplezone.reports.records.report import Thread
 from crumplezone.sandbox.autopsy.unwind import Part, Stacks
 from crumplezone.sandbox.ipc.surroundings import Surroundings
-from crumplezone.sandbox.process.launch import run_python
+from crumplezone.sandbox.process.launch import run_python, stdio_taken
 
 _DEADLINE = 15.0  # seconds that it runs, in all
 _START_DEADLINE = 60.0  # seconds until it runs, in all: on a loaded machine an interpreter starts slowly
@@ -53,7 +53,8 @@ def _merged(native: list[Thread], python: list[Thread]) -> list[Thread]:
 
 
 def _run(pid: int, part: Part, budget: _Budget) -> Stacks:
-    begun, its_end = os.pipe()
+    with stdio_taken():  # what is given on keeps its number in there
+        begun, its_end = os.pipe()
     with open(begun, "rb", 0) as line:
         try:
             process = _start(pid, part, its_end)
