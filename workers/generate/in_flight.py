@@ -111,7 +111,8 @@ class Generation:
             tokens, room = self._tokens(job)
         except CellDied as died:
             path = self._report_tokenizer(job, died, f"prompt {job.index} crashes the tokenizer")
-            error = SequenceError(job.index, "llama.cpp died while tokenising it", path)
+            named = self._reporter.written(path)
+            error = SequenceError(job.index, "llama.cpp died while tokenising it", named)
             _refuse(job, error, path)
         except (CellRefused, InputError) as refused:
             _refuse(job, refused)

@@ -167,6 +167,13 @@ class Reporter:
             self._errands.hurry()
             self._errands.wait()
 
+    def written(self, path: str | None) -> str | None:
+        """The path of a report, for an error to name, once it is there; None if it could not be written."""
+        if path is None:
+            return None
+        self.flush()
+        return path if self.store.has(Path(path).name) else None
+
     def close(self) -> None:
         """Write what is left, and end the thread. Log records are waited for, but not for long."""
         self._closed = True

@@ -61,7 +61,8 @@ class Ladder:
             rc = tried.rc
         results = self._climb_down(call, job)
         if self._safe_rungs is None:
-            raise BatchError(job.steps[-1].detail, next(iter(job.reports), None), rc)
+            report = self._reporter.written(next(iter(job.reports), None))
+            raise BatchError(job.steps[-1].detail, report, rc)
         return Result(results, job.reports, note)
 
     def _climb_down(self, call: DecodeCall | EncodeCall, job: JobRecord) -> list[SequenceResult]:

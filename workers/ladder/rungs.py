@@ -61,7 +61,7 @@ class SafeRungs:
             # Asked only of one that failed: until then, autopsies run beside the work.
             if error is None or not any(was_killed(died) for died in deaths):
                 break
-        if error and error.report:
+        if error and deaths:
             job.blamed.append(seq_id)
         return done, rung, error
 
@@ -83,7 +83,8 @@ class SafeRungs:
                 return done, rung, None
             deaths += [tried.died] if tried.died else []
             report = tried.report or report
-        return None, Rung.TOKEN, SequenceError(seq_id, tried.problem, report, tried.rc)
+        named = self._reporter.written(report)
+        return None, Rung.TOKEN, SequenceError(seq_id, tried.problem, named, tried.rc)
 
     def _no_cell(self, job: JobRecord) -> str:
         """Why no safe cell can be had, or an empty string. A job that was refused one asks no more."""

@@ -309,8 +309,9 @@ class MemorySession:
                 again = deaths.again(died)
                 path = self._report(died, doing, "it was done again in a new cell" if again else "it failed")
                 if not again:
-                    problem = f"llama.cpp died again and again while {doing}; report: {path}"
-                    raise CrumplezoneError(problem) from died
+                    named = self._reporter.written(path)
+                    where = f"; report: {named}" if named else ""
+                    raise CrumplezoneError(f"llama.cpp died again and again while {doing}{where}") from died
 
     def _take_back(self, spans: Sequence[Span]) -> None:
         """After a refusal: what was appended before it (rc 2, or a chunk of several) is removed again."""

@@ -256,3 +256,19 @@ def test_a_hung_call_is_cured(tiny: Path, make: Open, store: Store, dose: Dose, 
     assert result.rung(1) == Rung.SAFE
     (report,) = reports_of(decoder, store)
     assert report.evidence.exit == Exit.HANG
+
+
+def test_no_error_names_a_report_that_could_not_be_written(
+    tiny: Path, make: Open, store: Store, dose: Dose
+) -> None:
+    dose(Poison(token=99))
+    store.directory.write_text("in the way")
+    batch = Batch.of([[1, 99], [1, 5]])
+    result = make(tiny, 2).decode(batch)
+    assert list(result.errors) == [0]
+    with pytest.raises(BatchError) as caught:
+        make(tiny, 2, safe_fallback=False).decode(batch)
+    for error in (result.errors[0], caught.value):
+        assert isinstance(error, SequenceError | BatchError)
+        assert error.report is None
+        assert "report" not in str(error)

@@ -213,15 +213,15 @@ class TaskRunner:
         task.reports.append(path)
         if task.stage == "grammar" and not was_killed(died):
             self._settle(job, "the grammar crashes llama.cpp's parser", failed=True)
-            problem = f"crashes llama.cpp's grammar parser; report: {path}"
+            named = self.reporter.written(path)
+            problem = "crashes llama.cpp's grammar parser" + (f"; report: {named}" if named else "")
             raise InputError("grammar", task.shown_grammar, problem) from tried.error
         if not again:
             job.blamed.append(0)
             self._settle(job, f"{task.method} was given up", failed=True)
             how = ", the last one with one thread, token by token" if task.cautious else ""
-            raise SequenceError(
-                0, f"{task.method} lost {task.losses} cells{how}: {tried.error}", path
-            ) from died
+            problem = f"{task.method} lost {task.losses} cells{how}: {tried.error}"
+            raise SequenceError(0, problem, self.reporter.written(path)) from died
 
     def _settle(self, job: JobRecord, result: str, *, failed: bool = False) -> None:
         if job.crashes:
