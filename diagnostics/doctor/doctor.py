@@ -25,7 +25,9 @@ _TARGET = "crumplezone.diagnostics.doctor.patient:Patient"
 _DEADLINE = 20.0  # seconds, of each step with a cell
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _NO_CELL = "everything: no cell can run, and nothing runs outside of one"
-_NO_STACKS = "native stacks: signatures are of low confidence, and crashes of one cause are not grouped"
+_NO_STACKS = (
+    "stacks: Python's, those of threads that did not crash, and of a hang, so that hangs are not grouped"
+)
 _STACKS = "stacks (pystack)"
 _PIPE = "fault pipe"
 # What a report lacks without each step of the autopsy, by the names that sandbox/ gives them.
@@ -37,6 +39,7 @@ _STEPS = {
     "maps": "modules: addresses have no names",
     "system calls": "what each thread was doing, and the signal frame",
     "signal frame": "registers, the address that faulted, the place of the fault",
+    "callers": "the native stack of a crash of which pystack gets none",
     "threads": "what each thread was doing",
     "memory and limits": "memory and limits of the cell",
     "faulthandler": "the Python stack where pystack gets none",

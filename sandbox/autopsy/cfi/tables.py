@@ -7,6 +7,7 @@ Layout: LSB Core, "Exception Frames"; elf(5).
 
 from __future__ import annotations
 
+import bisect
 import struct
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -75,7 +76,7 @@ def find_rules(mem: BinaryIO, maps: list[Map], within: Map, pc: int) -> Rules:
 
 def _base(maps: list[Map], within: Map) -> int:
     """Where the file that a mapping belongs to begins in memory."""
-    at = maps.index(within)
+    at = bisect.bisect_left(maps, within.start, key=lambda each: each.start)
     for each in reversed(maps[max(at - _MAPS_BACK, 0) : at + 1]):
         if each.path == within.path and each.offset == 0:
             return each.start

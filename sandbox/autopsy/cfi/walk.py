@@ -6,6 +6,8 @@ searched: where nothing is known, or what is known makes no sense, the walk ends
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -18,6 +20,7 @@ from crumplezone.sandbox.autopsy.cfi.tables import find_rules
 from crumplezone.sandbox.process.procfs import Map, find_map, is_code, read_at
 
 FRAMES_MAX = 128
+_SECONDS_MAX = 1.0  # a frame takes some 0.2 ms; one made to take long, a hundred times that
 _REGISTERS_MAX = 128  # numbers; vectors and flags have higher ones on some machines
 _WORD = 2**64
 
@@ -64,10 +67,13 @@ def walk(mem: BinaryIO, maps: list[Map], registers: Mapping[str, int], machine: 
     """
     known = {number: registers[name] for name, number in machine.numbers.items() if name in registers}
     place, places = Place(known.get(machine.pc, 0), called=False), list[Place]()
+    begin = time.thread_time()
     while is_code(maps, place.pc):
         places.append(place)
         if len(places) == FRAMES_MAX:
             return Walk(tuple(places), f"the innermost {FRAMES_MAX} frames")
+        if time.thread_time() - begin > _SECONDS_MAX:
+            return Walk(tuple(places), f"it took {_SECONDS_MAX:.0f} s of processor time")
         try:
             outer = _Step(mem, maps, known, machine).out_of(place)
         except (NonsenseError, OSError) as error:
@@ -126,7 +132,8 @@ class _Step:
         for number, rule in row.registers.items():
             known.pop(number, None)
             if rule[0] is not Kind.UNDEFINED and number < _REGISTERS_MAX:
-                known[number] = self._value(number, rule, frame)
+                with contextlib.suppress(NonsenseError):  # the walk may get on without it
+                    known[number] = self._value(number, rule, frame)
         return known
 
     def _value(self, register: int, rule: Rule, frame: int) -> int:
@@ -153,7 +160,9 @@ class _Step:
 
     def _check(self, known: dict[int, int], place: Place, *, signal: bool) -> None:
         """Whether the stack grows towards its callers. A leaf of aarch64 need not have used any."""
-        before, after = self._known.get(self._machine.sp), known[self._machine.sp]
+        before, after = self._known.get(self._machine.sp), known.get(self._machine.sp)
+        if after is None:
+            raise NonsenseError("the stack pointer is not known")
         if before is None or signal:  # a handler may have had a stack of its own
             return
         if after < before or (after == before and place.called):

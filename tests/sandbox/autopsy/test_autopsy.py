@@ -130,6 +130,7 @@ def test_without_a_thread_for_it_there_is_evidence_at_once() -> None:
     assert not psutil.pid_exists(evidence.pid)
     assert evidence.exit == Exit.SIGNAL
     assert evidence.registers
+    assert next(each for each in evidence.threads if each.crashed).native[-1].symbol == "_start"
     assert "thread" in failed(evidence)["autopsy"].detail
     assert "ulimit" in failed(evidence)["autopsy"].remedy
 

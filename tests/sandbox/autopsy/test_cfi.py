@@ -7,6 +7,7 @@ import io
 import re
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,35 @@ def test_what_makes_no_sense_ends_the_walk(stack: bytes, why: str) -> None:
     found = walked("x86_64", elf, down + stack, rip=BASE + 0x2010, rsp=STACK + len(down))
     assert found.places[0].pc == BASE + 0x2010
     assert why in found.ended
+
+
+def test_a_stack_pointer_that_is_nowhere_ends_the_walk() -> None:
+    lost = bytes((0x0E, 16, 0x10, 7, 2, 0x30, 0x06))  # rsp is at address 0
+    found = walked(
+        "x86_64",
+        module("x86_64", lost, initial=bytes((0x0C, 7, 8, 0x90, 1))),
+        words(0, BASE + 0x2010),
+        rip=BASE + 0x2010,
+        rsp=STACK,
+    )
+    assert (len(found.places), found.ended) == (1, "the stack pointer is not known")
+
+
+def test_a_register_that_is_nowhere_is_not_missed() -> None:
+    lost = bytes((0x0E, 16, 0x10, 3, 2, 0x30, 0x06))  # rbx is at address 0
+    elf = module("x86_64", lost, bytes((0x07, 16)), initial=bytes((0x0C, 7, 8, 0x90, 1)))
+    found = walked("x86_64", elf, words(0, BASE + 0x2110), rip=BASE + 0x2010, rsp=STACK)
+    assert (len(found.places), found.ended) == (2, "")
+
+
+def test_a_walk_that_takes_long_ends() -> None:
+    """Each function remembers, recalls and computes as much as it may."""
+    slow = bytes((0x16, 0, 0xC0, 0x7E)) + b"\x30" * 32 + b"\x1e\x30" * 8000 + b"\x30" * 96
+    elf = module("x86_64", b"\x0a\x0b" * 2000, slow, initial=bytes((0x0C, 7, 8, 0x90, 1)))
+    begin = time.thread_time()
+    found = walked("x86_64", elf, words(*[BASE + 0x2010] * 500), rip=BASE + 0x2010, rsp=STACK)
+    assert found.ended
+    assert time.thread_time() - begin < 5
 
 
 def test_recursion_without_an_end_has_one() -> None:
