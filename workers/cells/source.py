@@ -176,10 +176,10 @@ class CellSource:
         path = self._reporter.file_lone(incident, doing, result, self.config.context(), None)
         if again:
             return
-        self._reporter.flush()
-        what = f"{text.summary(Report('', '', evidence, result=result))} Report: {path}"
+        named = self._reporter.written(path)
+        what = text.summary(Report("", "", evidence, result=result)) + (f" Report: {named}" if named else "")
         if loader:
-            raise ModelError(self.config.model, f"llama.cpp died while loading it. {what}", path) from died
+            raise ModelError(self.config.model, f"llama.cpp died while loading it. {what}", named) from died
         problem = f"no cell could be started: {starts.lost} in a row were lost before they were ready"
         raise CrumplezoneError(f"{problem}, not by what they loaded. The last: {what}") from died
 
