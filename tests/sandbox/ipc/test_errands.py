@@ -133,13 +133,15 @@ def test_where_there_is_no_thread_the_giver_does_it() -> None:
 
 
 def test_a_fork_begins_anew(errands: Errands) -> None:
-    go = threading.Event()
+    go, done = threading.Event(), threading.Event()
     errands.put(lambda: go.wait(BOUND))
+    before = errands._doer
     errands.reset()
-    done = threading.Event()
     errands.put(done.set)
     assert done.wait(BOUND)
     go.set()
+    assert before is not None
+    before.join(BOUND)
 
 
 class Stuck(logging.Handler):

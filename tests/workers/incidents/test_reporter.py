@@ -205,15 +205,15 @@ from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from tests.workers.incidents.test_reporter import BATCH, lose
 
-def work(reporter):
+def work(reporter, incident):
     threading.main_thread().join()
     case = JobRecord()
-    path = reporter.add(case, lose(), "native", BATCH)
+    path = reporter.add(case, incident, "native", BATCH)
     reporter.file(case, None, None, failed=True)
     print(Path(path, "report.json").exists())
 
 if __name__ == "__main__":
-    threading.Thread(target=work, args=(Reporter(Path(sys.argv[1])),)).start()
+    threading.Thread(target=work, args=(Reporter(Path(sys.argv[1])), lose())).start()
 """
 AT_EXIT = """
 import atexit, sys
@@ -221,15 +221,15 @@ from pathlib import Path
 which, place = sys.argv[1:]
 
 def crash():
-    from tests.workers.incidents.test_reporter import BATCH, CONFIG, lose
-    reporter.file_lone(lose(), "tokenize", "failed", CONFIG, None)
+    reporter.file_lone(incident, "tokenize", "failed", CONFIG, None)
 
 if which == "before":
     atexit.register(crash)
 from crumplezone.workers.incidents.reporter import Reporter
 if which == "after":
     atexit.register(crash)
-reporter = Reporter(Path(place))
+from tests.workers.incidents.test_reporter import CONFIG, lose
+reporter, incident = Reporter(Path(place)), lose()
 """
 
 
@@ -272,6 +272,7 @@ def stuck() -> Iterator[Stuck]:
     logging.getLogger("crumplezone").addHandler(handler)
     yield handler
     handler.go.set()
+    assert DELIVERY.wait(30)
     logging.getLogger("crumplezone").removeHandler(handler)
 
 
