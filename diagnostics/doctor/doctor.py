@@ -25,9 +25,7 @@ _TARGET = "crumplezone.diagnostics.doctor.patient:Patient"
 _DEADLINE = 20.0  # seconds, of each step with a cell
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _NO_CELL = "everything: no cell can run, and nothing runs outside of one"
-_NO_STACKS = (
-    "stacks: Python's, those of threads that did not crash, and of a hang, so that hangs are not grouped"
-)
+_NO_STACKS = "native stacks of hangs, so that they are not grouped; of threads that did not crash; lines"
 _STACKS = "stacks (pystack)"
 _PIPE = "fault pipe"
 # What a report lacks without each step of the autopsy, by the names that sandbox/ gives them.
