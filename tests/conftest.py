@@ -19,7 +19,7 @@ from crumplezone import Decoder
 from crumplezone.reports.records.report import Report
 from crumplezone.reports.store.store import Store
 from crumplezone.sandbox.autopsy.turns import FAMILIAR
-from crumplezone.sandbox.ipc.errands import DELIVERY
+from crumplezone.sandbox.host.errands import DELIVERY
 from crumplezone.workers.cells.targets import TARGETS
 from tests.support.decoders import Dose, Job, Open, Plant, Record, read_all
 from tests.support.models.tiny_gguf import write_tiny_llama

@@ -7,8 +7,9 @@ import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
@@ -16,10 +17,11 @@ from typing import Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellDied, InputError, UsageError, check_integer, check_texts
+from crumplezone.errors import CellDied, InputError, check_integer, check_texts
 from crumplezone.reports.store.store import directory_of
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.zygote import Zygote
+from crumplezone.sandbox.host.threads import Task, apart
 from crumplezone.workers.batch.batch import Batch
 from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ, Columns, Int32
@@ -28,6 +30,7 @@ from crumplezone.workers.batch.results import Result
 from crumplezone.workers.batch.validate import Level, MemoryState, validate
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells, Start
+from crumplezone.workers.cells.turn import Turn
 from crumplezone.workers.embed.embedder import Embedder, Embeddings
 from crumplezone.workers.generate.complete import complete, in_order, wrong
 from crumplezone.workers.generate.completion import Completion
@@ -117,10 +120,8 @@ class Decoder:
             n_gpu_layers=n_gpu_layers,
         )
         limits = Limits(deadline, memory_limit)
-        self._owner = os.getpid()
-        self._changed = threading.Condition()
-        self._busy = False
-        self._closed = False
+        self._turn = Turn("decoder")
+        self._pooling = threading.Lock()
         self._reporter = reporter = Reporter(directory_of(reports), redacted=redact)
         self._cells = Cells.of(config, limits, reporter, start, spares)
         self._native = self._cells.decode_client(config)
@@ -137,9 +138,13 @@ class Decoder:
             preflight=preflight,
         )
         self._pools: list[Pool] = []  # the last one takes jobs, those before it finish theirs
-        weakref.finalize(self, _abandon, self._pools, self._owner)
+        weakref.finalize(self, Task[None]().begin, partial(_abandon, self._pools, os.getpid()), "close-pools")
         self._embedder: Embedder | None = None
-        self._native.probe()
+        try:
+            self._native.probe()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def info(self) -> CellInfo:
@@ -264,6 +269,7 @@ class Decoder:
                     zygote=cells.zygote,
                     spares=cells.spares,
                 )
+                self._turn.check_open()  # or nobody would close this one
             return self._embedder.embed(texts, pooling=pooling, normalize=normalize)
 
     def resize(self, *, n_ctx: int | None = None, n_seq_max: int | None = None) -> None:
@@ -284,9 +290,9 @@ class Decoder:
             changed = configure(config.model, **config.parameters() | sizes)
             self._session.resize(changed.n_ctx, changed.n_seq_max)
             self._plan = dataclasses.replace(self._plan, config=self._native.config)
-            if self._embedder:
-                self._embedder.close()
-                self._embedder = None
+            embedder, self._embedder = self._embedder, None
+            if embedder:
+                embedder.close()
 
     def set_adapters(
         self,
@@ -373,7 +379,7 @@ class Decoder:
         self, prompts: Iterable[tuple[int, str]], sampling: Sampling
     ) -> Generator[Completion, None, None]:
         """`generate` for prompts that have numbers of their own, each another; yields as they finish."""
-        self._check_open()
+        self._turn.check_open()
         return complete(lambda: self._pool().places, self._put, prompts, sampling)
 
     def flush_reports(self) -> None:
@@ -381,22 +387,13 @@ class Decoder:
         self._reporter.flush(kept=True)
 
     def close(self) -> None:
-        """End the cells and finish the reports. Waits for a call of another thread. Idempotent."""
-        if os.getpid() != self._owner:
-            return
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._busy)
-            if self._closed:
-                return
-            self._closed = True
-            self._changed.notify_all()  # whoever waits for a turn is told that there will be none
-        for pool in self._pools:
-            pool.close()
-        if self._embedder:
-            self._embedder.close()
-        self._native.close()
-        self._reporter.close()
-        self._cells.close()  # last: it reaps those that are being examined
+        """End the cells and finish the reports. Idempotent.
+
+        It waits for a call of another thread. A call of this thread, from which a signal handler or a
+        callback closes, ends with a `UsageError`. On a thread of the decoder, such as a callback of a future
+        is called on, it does not wait. If it is interrupted, it goes on by itself: close again to wait.
+        """
+        self._turn.close(self._release)
 
     def __enter__(self) -> Self:
         return self
@@ -406,40 +403,42 @@ class Decoder:
     ) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        self._check_open()
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._busy)
-            self._check_open()
-            self._busy = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
-
-    def _check_open(self) -> None:
-        if os.getpid() != self._owner:
-            raise UsageError("this decoder was made before a fork: make a new one in this process")
-        if self._closed:
-            raise UsageError("this decoder is closed: make a new one")
+    def _release(self) -> None:
+        with self._pooling:  # there are no more then
+            pools = list(self._pools)
+        with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
+            stack.callback(self._cells.close)  # it reaps those that are being examined
+            stack.callback(self._reporter.close)
+            stack.callback(self._native.close)
+            if self._embedder:
+                stack.callback(self._embedder.close)
+            for pool in pools:
+                stack.callback(pool.close)
+            if self._turn.broken:  # what it has started or is starting first, for its thread waits
+                stack.callback(self._native.close)
+                stack.callback(self._cells.stop)
 
     def _put(self, job: Job) -> None:
-        self._check_open()  # in a fork, nobody may ever release the lock
-        with self._changed:  # or the pool might be retired in between
-            self._pool().put(job)
+        while not self._pool().put(job):  # it was retired in between
+            pass
 
     def _pool(self) -> Pool:
         """The lanes that take jobs."""
-        with self._changed:
-            self._check_open()
-            if not self._pools or self._pools[-1].failure or self._pools[-1].plan is not self._plan:
-                for pool in self._pools:
+        self._turn.check_open()
+        current = self._pools[-1] if self._pools else None
+        return current if current and self._takes_jobs(current) else apart(self._new_pool)
+
+    def _takes_jobs(self, pool: Pool) -> bool:
+        return not pool.failure and pool.plan is self._plan
+
+    def _new_pool(self) -> Pool:
+        with self._pooling:
+            self._turn.check_open()
+            if not (self._pools and self._takes_jobs(self._pools[-1])):
+                old = [pool for pool in self._pools if not pool.ended]
+                self._pools[:] = [*old, Pool(self._plan)]
+                for pool in old:
                     pool.retire()
-                self._pools[:] = [pool for pool in self._pools if not pool.ended]
-                self._pools.append(Pool(self._plan))
             return self._pools[-1]
 
     def _columns(self, batch: object, level: Level) -> Columns:

@@ -19,9 +19,9 @@ from crumplezone.diagnostics.ci.case import Case
 from crumplezone.diagnostics.ci.runner import unknown
 from crumplezone.errors import CrumplezoneError
 from crumplezone.reports.records.run import CaseRecord
+from crumplezone.sandbox.host.scarcity import remedy
+from crumplezone.sandbox.host.surroundings import Surroundings
 from crumplezone.sandbox.ipc.channel import ProtocolError, decoded
-from crumplezone.sandbox.ipc.scarcity import remedy
-from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.launch import run_python
 from crumplezone.sandbox.process.log_relay import LogRelay
 
@@ -71,8 +71,9 @@ def run_all(
                     runners.remove(runner)
                     runner.close()
     finally:
-        for runner in runners:
-            runner.close()
+        with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
+            for runner in runners:
+                stack.callback(runner.close)
 
 
 class _Runner:
@@ -121,14 +122,15 @@ class _Runner:
             return unknown(case, detail)
 
     def close(self) -> None:
-        """End it: an idle one by itself, so that its last log records come, any other at once."""
-        if self._case is None and not self.dead:
-            self._send(None)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE)
-        self._process.kill()
-        self._process.wait()
-        self._opened.close()
+        """End it: an idle one by itself, so that its last log records come, any other at once. Idempotent."""
+        with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
+            stack.callback(self._opened.close)
+            stack.callback(self._process.wait)
+            stack.callback(self._process.kill)
+            if self._case is None and not self.dead:
+                self._send(None)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_GRACE)
 
     def _send(self, case: Case | None) -> None:
         try:

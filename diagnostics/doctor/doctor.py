@@ -19,7 +19,7 @@ from crumplezone.reports.analysis.stack import crashed_thread
 from crumplezone.reports.records.report import Evidence, Report, Step
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
-from crumplezone.sandbox.ipc.scarcity import NO_CELL, remedy
+from crumplezone.sandbox.host.scarcity import NO_CELL, remedy
 
 _TARGET = "crumplezone.diagnostics.doctor.patient:Patient"
 _DEADLINE = 20.0  # seconds, of each step with a cell

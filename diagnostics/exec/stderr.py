@@ -47,18 +47,27 @@ class Copy:
                 termios.tcsetwinsize(self._source, termios.tcgetwinsize(_STDERR))
 
     def close(self) -> None:
-        """The program has ended: hand on what it has written; `cat` does so for what outlives it."""
-        self._close_end()
-        if self._thread.ident:
-            os.eventfd_write(self._stop, 1)
-            self._thread.join()
-        self._close_source()
-        os.close(self._stop)
+        """The program has ended: hand on what it has written; `cat` does so for what outlives it.
+
+        Idempotent.
+        """
+        with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
+            stack.callback(self._close_stop)
+            stack.callback(self._close_source)
+            self._close_end()
+            if self._thread.ident and self._stop >= 0:
+                os.eventfd_write(self._stop, 1)
+                self._thread.join()
+
+    def _close_stop(self) -> None:
+        stop, self._stop = self._stop, -1
+        if stop >= 0:
+            os.close(stop)
 
     def _close_end(self) -> None:
-        if self.end >= 0:
-            os.close(self.end)
-            self.end = -1
+        end, self.end = self.end, -1
+        if end >= 0:
+            os.close(end)
 
     def _close_source(self) -> None:
         source, self._source = self._source, -1

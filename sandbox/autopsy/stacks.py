@@ -15,7 +15,7 @@ import msgspec
 
 from crumplezone.reports.records.report import Thread
 from crumplezone.sandbox.autopsy.unwind import Part, Stacks
-from crumplezone.sandbox.ipc.surroundings import Surroundings
+from crumplezone.sandbox.host.surroundings import Surroundings
 from crumplezone.sandbox.process.launch import run_python, stdio_taken
 
 _DEADLINE = 15.0  # seconds that it runs, in all

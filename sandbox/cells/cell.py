@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
 import os
 import select
 import signal
+import socket
 import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,10 +21,12 @@ import msgspec
 import numpy.typing as npt
 
 from crumplezone.errors import CellDied, CellRefused, ShortageError, UsageError
-from crumplezone.reports.records.report import Exit, Frame
+from crumplezone.reports.records.report import Evidence, Exit, Frame
 from crumplezone.sandbox.autopsy import autopsy
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.autopsy.turns import with_room
+from crumplezone.sandbox.host.surroundings import Surroundings
+from crumplezone.sandbox.host.threads import Task, apart
 from crumplezone.sandbox.ipc.arena import Arena, Shape
 from crumplezone.sandbox.ipc.channel import (
     Answer,
@@ -37,15 +42,15 @@ from crumplezone.sandbox.ipc.channel import (
     Start,
     decoded,
 )
-from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.cgroup import oom_kills
 from crumplezone.sandbox.process.drain import Drain, abandon, drained
 from crumplezone.sandbox.process.launch import Launcher, spawn
-from crumplezone.sandbox.process.process import POLL_MAX, Process
+from crumplezone.sandbox.process.process import Process
 from crumplezone.sandbox.process.procfs import sizes
 
 _CLOSE_GRACE_MS = 500
-_CLOSED = "this cell was closed by another thread in the middle of a call"
+_LOOK = 1.0  # seconds: a signal just before a poll does not wake it, and its handler runs behind that
+_CLOSED = "this cell was closed in the middle of a call"
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
@@ -101,7 +106,9 @@ class Cell:
         self._phase = "start"
         self._process, self._drain = with_room(lambda: _started(spec, start))
         process = self._process
-        self._finalizer = weakref.finalize(self, abandon, process, self._drain, self._owner)
+        self._closing = Task[None]()
+        end = functools.partial(abandon, process, self._drain, self._owner)
+        self._finalizer = weakref.finalize(self, self._closing.begin, end, f"close-{process.pid}")
         self._channel = Channel(process.lines.sock, FromChild)
         self._poller, self._idle = select.poll(), select.poll()
         for fd in (process.lines.fault_fd, process.pidfd):
@@ -109,7 +116,7 @@ class Cell:
             self._poller.register(fd, select.POLLIN)
         self._poller.register(process.lines.sock.fileno(), select.POLLIN)
         first = Start(spec.target, msgspec.Raw(msgspec.msgpack.encode(spec.config)))
-        frame = self._exchange(first, spec.start_deadline)
+        frame = self._talk(first, spec.start_deadline)
         if isinstance(frame, Failure):
             self.close()
             raise CellRefused(frame.kind, frame.message)
@@ -126,7 +133,7 @@ class Cell:
     @property
     def alive(self) -> bool:
         """Whether requests can be sent."""
-        return self._finalizer.alive
+        return not self._closing.begun
 
     @property
     def arena(self) -> Arena:
@@ -225,14 +232,16 @@ class Cell:
         """
         if not self.alive or os.getpid() != self._owner:
             raise UsageError("this cell is closed, or was made before a fork: make a new one")
+        if self._process.is_waited_for:
+            raise UsageError("this cell is in the middle of another call: make this one after that")
         call_id = self._next_id
         self._next_id += 1
         failed: list[BaseException] = []
         call = Call(call_id, msgspec.Raw(msgspec.msgpack.encode(request)))
         try:
-            frame = self._exchange(call, deadline, fds)
+            frame = self._talk(call, deadline, fds)
             while on_ask and isinstance(frame, Ask) and frame.id == call_id:
-                frame = self._exchange(self._answer(frame, on_ask, failed), deadline)
+                frame = self._talk(self._answer(frame, on_ask, failed), deadline)
         except CellDied:
             raise
         except BaseException:  # an interrupted call would leave its reply in the socket for the next one
@@ -291,23 +300,24 @@ class Cell:
         self._process.signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """End the process and release everything. Idempotent."""
-        if self._finalizer.detach() is None or os.getpid() != self._owner:
-            return
-        with contextlib.suppress(OSError):
-            self._process.lines.sock.close()
-        poller = select.poll()
-        poller.register(self._process.pidfd, select.POLLIN)
-        poller.poll(_CLOSE_GRACE_MS)
-        abandon(self._process, self._drain, self._owner)
+        """End the process and release everything. Idempotent; if it is interrupted, it goes on by itself."""
+        if os.getpid() == self._owner:
+            end = functools.partial(_end, self._process, self._drain, self._owner)
+            self._closing.begin(end, f"close-{self._process.pid}")
+            self._closing.result()
+
+    def _talk(self, frame: msgspec.Struct, deadline: float | None, fds: Sequence[int] = ()) -> object:
+        """`_exchange`; a signal handler may close the cell meanwhile, and may call nothing else of it."""
+        with self._process.waited_for():
+            return self._exchange(frame, deadline, fds)
 
     def _exchange(self, frame: msgspec.Struct, deadline: float | None, fds: Sequence[int] = ()) -> object:
         self._post(frame, fds)
         sock, fault = self._process.lines.sock.fileno(), self._process.lines.fault_fd
         end = None if deadline is None else time.monotonic() + deadline
         while True:
-            left = None if end is None else min(max(end - time.monotonic(), 0.0), POLL_MAX) * 1000
-            ready = dict(self._poller.poll(left))
+            left = _LOOK if end is None else min(max(end - time.monotonic(), 0.0), _LOOK)
+            ready = dict(self._poller.poll(left * 1000))
             if ready.get(sock, 0) & select.POLLIN:
                 try:
                     return self._channel.receive()
@@ -357,11 +367,27 @@ class Cell:
 
     def _lost(self, *, held: bool = False, condemned: tuple[Exit, str] | None = None) -> CellDied:
         """Hand the process to the autopsy and return the error to raise."""
-        process = self._process
-        if self._finalizer.detach() is None:
-            raise UsageError(_CLOSED)
-        now, condemned = dt.datetime.now(dt.UTC), condemned or self._drain.condemned
-        death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, condemned)
-        incident = Incident(self._phase, now, autopsy.begin(death), _caller_stack())
+        process, now, caller = self._process, dt.datetime.now(dt.UTC), _caller_stack()
+
+        def hand_over() -> Future[Evidence]:
+            if not self._closing.take_over():
+                raise UsageError(_CLOSED)
+            why = condemned or self._drain.condemned
+            death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, why)
+            return autopsy.begin(death)
+
+        if held:  # at once: a second thread that faults would end it
+            process.signal(signal.SIGSTOP)
+        incident = Incident(self._phase, now, apart(hand_over), caller)
         how = "crashed" if held else condemned[1] if condemned else "died"
         return CellDied(f"cell {process.pid}: {how}", incident)
+
+
+def _end(process: Process, drain: Drain, owner: int) -> None:
+    """As `abandon`, but let it end by itself, if it does so soon."""
+    with contextlib.suppress(OSError):
+        process.lines.sock.shutdown(socket.SHUT_RDWR)  # not closed: somebody may wait for a reply there
+    poller = select.poll()
+    poller.register(process.pidfd, select.POLLIN)
+    poller.poll(_CLOSE_GRACE_MS)
+    abandon(process, drain, owner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import math
 import os
 import select
@@ -18,6 +19,7 @@ from crumplezone.reports.records.report import Exit
 from crumplezone.sandbox.autopsy import autopsy
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.autopsy.release import parked
+from crumplezone.sandbox.host.threads import Task, apart
 from crumplezone.sandbox.process.cgroup import oom_kills
 from crumplezone.sandbox.process.drain import OutputTail, abandon, drained
 from crumplezone.sandbox.process.process import POLL_MAX, Process
@@ -104,7 +106,9 @@ class Guest:
         weakref.finalize(self, os.close, self._wake)
         self._process = start(env)
         self._drain = drained(self._process, memory_limit, stderr)
-        self._finalizer = weakref.finalize(self, abandon, self._process, self._drain, self._owner)
+        self._closing = Task[None]()
+        self._end = functools.partial(abandon, self._process, self._drain, self._owner)
+        weakref.finalize(self, self._closing.begin, self._end, f"close-{self.pid}")
 
     @property
     def pid(self) -> int:
@@ -127,7 +131,7 @@ class Guest:
         """
         if self._outcome is not None:
             return self._outcome
-        if not self._finalizer.alive:
+        if self._closing.begun:
             raise UsageError("this guest is closed")
         events = _Events(self._process, self._wake)
         end = math.inf if timeout is None else time.monotonic() + timeout
@@ -143,37 +147,47 @@ class Guest:
         self._process.signal(signum)
 
     def close(self) -> None:
-        """End it and release everything. Idempotent."""
-        if self._detach():
-            abandon(self._process, self._drain, self._owner)
+        """End it and release everything. Idempotent; if it is interrupted, it goes on by itself."""
+        self._close(self._end)
 
     def leave(self) -> None:
-        """Release everything, and let it run on. Idempotent."""
-        if self._detach():
-            self._drain.stop()
-            self._process.close()
+        """Release everything, and let it run on. Idempotent, as `close`."""
 
-    def _detach(self) -> bool:
-        if os.getpid() != self._owner or self._finalizer.detach() is None:
-            return False
-        os.eventfd_write(self._wake, 1)
-        return True
+        def release() -> None:
+            try:
+                self._drain.stop()
+            finally:
+                self._process.close()
+
+        self._close(release)
+
+    def _close(self, release: Callable[[], None]) -> None:
+        if os.getpid() == self._owner:
+            if not self._closing.begun:
+                os.eventfd_write(self._wake, 1)
+            self._closing.begin(release, f"close-{self.pid}")
+            self._closing.result()
 
     def _ended(self) -> int | Incident:
         code = self._process.kill()  # nobody: this reaps it, and ends what is left of its group
         native_exit = code is not None and code >= 0 and self._process.lines.arena.native_exit()
         if code is None or -code in _FATAL or native_exit or self._drain.over_memory or self._drain.condemned:
             return self._lost()
-        if self._finalizer.detach() is not None:
-            abandon(self._process, self._drain, self._owner)
         self._outcome = code
+        self._closing.begin(self._end, f"close-{self.pid}")
+        self._closing.result()
         return code
 
     def _lost(self, *, held: bool = False, condemned: tuple[Exit, str] | None = None) -> Incident:
         """Hand the process to the autopsy."""
-        if self._finalizer.detach() is None:
-            raise UsageError("this guest was closed by another thread")
-        now, condemned = dt.datetime.now(dt.UTC), condemned or self._drain.condemned
-        death = autopsy.Death(self._process, self._drain, _PHASE, self._oom_kills, held, condemned)
-        self._outcome = incident = Incident(_PHASE, now, autopsy.begin(death), [])
-        return incident
+        now = dt.datetime.now(dt.UTC)
+
+        def hand_over() -> Incident:
+            if not self._closing.take_over():
+                raise UsageError("this guest was closed by another thread")
+            why = condemned or self._drain.condemned
+            death = autopsy.Death(self._process, self._drain, _PHASE, self._oom_kills, held, why)
+            self._outcome = incident = Incident(_PHASE, now, autopsy.begin(death), [])
+            return incident
+
+        return apart(hand_over)

@@ -79,15 +79,21 @@ class GuestServer:
             guest.close()
 
     def close(self) -> None:
-        """Wait until all that was lost is told, and let go of the children that still run."""
-        self._sock.shutdown(socket.SHUT_RDWR)  # wakes `accept`; closing would not
-        if self._thread.ident:
-            self._thread.join()
-        self._sock.close()
-        for guest, thread in self._present().items():
-            guest.leave()
-            thread.join()
-        self._writer.close()
+        """Wait until all that was lost is told, and let go of the children that still run. Idempotent."""
+        with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
+            stack.callback(self._writer.close)
+            stack.callback(self._leave)
+            stack.callback(self._sock.close)
+            if self._thread.ident:
+                stack.callback(self._thread.join)
+            with contextlib.suppress(OSError):  # it is closed
+                self._sock.shutdown(socket.SHUT_RDWR)  # wakes `accept`; closing would not
+
+    def _leave(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for guest, thread in self._present().items():
+                stack.callback(thread.join)
+                stack.callback(guest.leave)
 
     def _present(self) -> dict[Guest, threading.Thread]:
         with self._lock:

@@ -11,11 +11,12 @@ import time
 import weakref
 from collections.abc import Callable
 
-from crumplezone.errors import CellDied
+from crumplezone.errors import CellDied, UsageError
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.sandbox.ipc.errands import BesideLog
+from crumplezone.sandbox.host.errands import BesideLog
+from crumplezone.sandbox.host.threads import Task, apart, serve
 from crumplezone.sandbox.process.launch import Starter, spawn
 
 _FAILURES_MAX = 3  # in a row
@@ -50,15 +51,17 @@ class SparePool:
         on_death: Callable[[Incident], None],
     ) -> None:
         self._keeper = _SpareKeeper(spec, zygote, spares, warm, on_death)
-        self._finalizer = weakref.finalize(self, self._keeper.close)
+        self._closing = Task[None]()
+        weakref.finalize(self, self._closing.begin, self._keeper.close, "close-spares")
 
     def take(self) -> Cell:
         """A spare, if there is one, else a new cell.
 
         Raises:
             CellRefused, CellDied, OSError: As `Cell`, or the zygote that was to fork it.
+            UsageError: It was closed meanwhile.
         """
-        return self._keeper.take()
+        return apart(self._keeper.take)
 
     @property
     def pids(self) -> list[int]:
@@ -74,8 +77,13 @@ class SparePool:
         return self._keeper.wait_for_all(timeout)
 
     def close(self) -> None:
-        """End the spares, even one that starts. Cells that were taken live on. Idempotent."""
-        self._finalizer()
+        """End the spares, and what starts. Cells that were taken live on. Idempotent.
+
+        If it is interrupted, it goes on by itself.
+        """
+        if self._keeper.is_mine:
+            self._closing.begin(self._keeper.close, "close-spares")
+            self._closing.result()
 
 
 class _SpareKeeper:
@@ -93,6 +101,7 @@ class _SpareKeeper:
         self._warm, self._on_death = warm, on_death
         self._start = zygote.fork if zygote else spawn
         self._starter = Starter(self._start)
+        self._taker = Starter(self._start)  # of cells that are taken at once
         self._owner = os.getpid()
         self._lock = threading.RLock()  # the collector may call `close` in the middle of anything
         self._change = threading.Condition(self._lock)
@@ -110,7 +119,7 @@ class _SpareKeeper:
                 spare = self._shelf.pop() if self._shelf else None
                 spec = self._spec
             if spare is None:
-                cell = Cell(spec, self._start)
+                cell = self._started(spec)
                 self._failures = min(self._failures, _FAILURES_MAX - 1)
                 self._run()
                 return cell
@@ -121,6 +130,26 @@ class _SpareKeeper:
                 self._due = time.monotonic() + _PAUSE
                 self._ring()
                 return spare
+
+    def _started(self, spec: CellSpec) -> Cell:
+        try:
+            cell = Cell(spec, self._taker)
+        except CellDied as died:
+            if not self._closed:
+                raise
+            Incident.of(died).evidence.result()  # `close` has killed it: it is reaped now
+            raise UsageError("this was closed while its cell started: make a new one") from died
+        finally:
+            self._taker.ready()
+        if self._closed:
+            cell.close()
+            raise UsageError("this was closed while its cell started: make a new one")
+        return cell
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this process made it; a fork inherited it, and locks that other threads hold."""
+        return os.getpid() == self._owner
 
     @property
     def pids(self) -> list[int]:
@@ -141,18 +170,20 @@ class _SpareKeeper:
             return self._full()
 
     def close(self) -> None:
-        if os.getpid() != self._owner:  # a fork inherited this, and locks that other threads hold
+        if not self.is_mine:
             return
         with self._lock:
             self._closed = True
             cells = self._shelf + self._stale
             self._shelf, self._stale = [], []
-        self._starter.stop()
-        self._ring()
-        for cell in cells:
-            cell.close()
-        if self._thread and self._thread is not threading.current_thread():
-            self._thread.join(_JOIN)
+        with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
+            if self._thread and self._thread is not threading.current_thread():
+                stack.callback(self._thread.join, _JOIN)
+            for cell in cells:
+                stack.callback(cell.close)
+            stack.callback(self._ring)
+            stack.callback(self._starter.stop)
+            stack.callback(self._taker.stop)
 
     def _run(self) -> None:
         """Have the thread running, and look what there is to do."""
@@ -181,6 +212,7 @@ class _SpareKeeper:
                 os.close(bell)
 
     def _keep(self) -> None:
+        serve()
         while not self._closed:
             for cell in self._dismissed():
                 cell.close()

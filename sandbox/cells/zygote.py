@@ -33,10 +33,11 @@ from crumplezone.sandbox.child.fork_server import (
     Reaped,
     UnforkableError,
 )
+from crumplezone.sandbox.host.errands import BesideLog
+from crumplezone.sandbox.host.scarcity import too_large
+from crumplezone.sandbox.host.surroundings import Surroundings
+from crumplezone.sandbox.host.threads import apart
 from crumplezone.sandbox.ipc.channel import MAX_FRAME
-from crumplezone.sandbox.ipc.errands import BesideLog
-from crumplezone.sandbox.ipc.scarcity import too_large
-from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.launch import Starter, launch, spawn
 from crumplezone.sandbox.process.lines import Ends
 from crumplezone.sandbox.process.process import Child, Process, reap_own
@@ -88,8 +89,7 @@ class Zygote:
             OSError: No process or descriptor could be had.
             UsageError: It is closed.
         """
-        with self._lock:
-            self._ready()
+        apart(self._have_ready)
 
     def info(self, kind: type[_T]) -> _T | None:
         """What the seed says of itself, checked against a type; None where cells are spawned.
@@ -97,9 +97,8 @@ class Zygote:
         Raises:
             CellRefused, CellDied, OSError, UsageError: As `start`.
         """
-        with self._lock:
-            line = self._ready()
-            return line.cell.info(kind) if line else None
+        line = apart(self._have_ready)
+        return line.cell.info(kind) if line else None
 
     def fork(self, surroundings: Surroundings) -> Process:
         """Start a cell; as `crumplezone.sandbox.process.launch.spawn`, for `Cell`.
@@ -111,8 +110,7 @@ class Zygote:
             CellRefused, CellDied, OSError, UsageError: As `start`.
         """
         for _ in range(_DEATHS_MAX):  # of this caller's own: what others fork sets theirs back
-            with self._lock:
-                line = self._ready()
+            line = self._have_ready()
             if line is None:
                 break
             try:
@@ -133,9 +131,8 @@ class Zygote:
         Raises:
             CellRefused, CellDied, OSError, UsageError: As `start`.
         """
-        with self._lock:
-            line = self._ready()
-            return line.cell.watch() if line else []
+        line = self._have_ready()
+        return line.cell.watch() if line else []
 
     def stop(self) -> None:
         """Fork no more, and have who waits for a fork go on. Cells are reaped until `close`. Idempotent."""
@@ -148,9 +145,12 @@ class Zygote:
     def close(self) -> None:
         """End it, even while it starts, or does not answer. Its cells live on. Idempotent."""
         self.stop()
+        if line := self._line:  # without the lock, as above: who starts one looks whether it is wanted still
+            line.close()
+
+    def _have_ready(self) -> _Line | None:
         with self._lock:
-            if self._line:
-                self._line.close()
+            return self._ready()
 
     def _ready(self) -> _Line | None:
         """A living one; None: cells are to be spawned."""
@@ -162,7 +162,10 @@ class Zygote:
             if self._deaths == _DEATHS_MAX:
                 _log.warning("the zygote died %d times in a row: cells are spawned for now", self._deaths)
         if self._line is None and not self._unforkable and not self._gave_up():
-            self._line = self._started()
+            self._line = line = self._started()
+            if self._closed and line:
+                line.close()
+                raise UsageError("this zygote was closed while it started")
         return None if self._unforkable else self._line
 
     def _gave_up(self) -> bool:

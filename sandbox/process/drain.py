@@ -6,6 +6,7 @@ hands on the log records to the caller's logging, whose handlers may take their 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -19,8 +20,8 @@ import msgspec
 import psutil
 
 from crumplezone.reports.records.report import Exit, Sample
+from crumplezone.sandbox.host.errands import DELIVERY
 from crumplezone.sandbox.ipc.channel import CREATED_MAX, MAX_FRAME, LogLine, ProtocolError, decoded
-from crumplezone.sandbox.ipc.errands import DELIVERY
 from crumplezone.sandbox.process.process import Process
 from crumplezone.sandbox.process.procfs import sizes
 
@@ -141,16 +142,17 @@ class Drain:
 
     def stop(self) -> None:
         """Read what is left, then end the thread. Call once the cell is stopped or reaped. Idempotent."""
-        if self._stop_write < 0:
-            return
-        os.write(self._stop_write, b".")
-        self._thread.join()
-        self._close()
+        if self._stop_write >= 0:
+            os.write(self._stop_write, b".")
+            self._thread.join()
+            self._close()
 
     def _close(self) -> None:
-        os.close(self._stop_read)
-        os.close(self._stop_write)
-        self._stop_read = self._stop_write = -1
+        for name in ("_stop_read", "_stop_write"):
+            fd = getattr(self, name)
+            setattr(self, name, -1)
+            if fd >= 0:
+                os.close(fd)
 
     def stderr_tail(self) -> str:
         """The last 64 KiB of the cell's stdout and stderr."""
@@ -308,8 +310,9 @@ def abandon(process: Process, drain: Drain, owner: int) -> None:
     """
     if os.getpid() != owner:
         return
-    process.kill()
-    drain.stop()
-    process.close()
-    process.lines.arena.release()
-    DELIVERY.wait()  # what was logged last
+    with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
+        stack.callback(DELIVERY.wait)  # what was logged last
+        stack.callback(process.lines.arena.release)
+        stack.callback(process.close)
+        stack.callback(drain.stop)
+        stack.callback(process.kill)

@@ -12,10 +12,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from crumplezone.sandbox.host.scarcity import too_large
+from crumplezone.sandbox.host.surroundings import Surroundings
+from crumplezone.sandbox.host.unpatched import refuse_patched
 from crumplezone.sandbox.ipc.arena import Arena
-from crumplezone.sandbox.ipc.scarcity import too_large
-from crumplezone.sandbox.ipc.surroundings import Surroundings
-from crumplezone.sandbox.ipc.unpatched import refuse_patched
 from crumplezone.sandbox.process.lines import Ends, Lines, fault_pipe, forks_wait, open_lines, socket_pair
 from crumplezone.sandbox.process.process import Child, Process, reap_own
 
@@ -33,29 +33,29 @@ class Starter:
     def __init__(self, start: Launcher) -> None:
         self._start = start
         self._lock = threading.RLock()  # the collector may call `stop` in the middle of anything
-        self._starting: Process | None = None
+        self._starting: dict[int, Process] = {}  # of each thread the latest
         self._stopped = False
 
     def __call__(self, surroundings: Surroundings) -> Process:
         """Start one."""
         process = self._start(surroundings)
         with self._lock:
-            self._starting = process
+            self._starting[threading.get_ident()] = process
             if self._stopped:
                 process.signal(signal.SIGKILL)
         return process
 
     def ready(self) -> None:
-        """The latest one is ready: `stop` leaves it alone."""
+        """The latest one of this thread is ready, or has failed: `stop` leaves it alone."""
         with self._lock:
-            self._starting = None
+            self._starting.pop(threading.get_ident(), None)
 
     def stop(self) -> None:
         """Start no more. Idempotent, and thread-safe."""
         with self._lock:
             self._stopped = True
-            if self._starting:
-                self._starting.signal(signal.SIGKILL)
+            for process in self._starting.values():
+                process.signal(signal.SIGKILL)
 
 
 @contextlib.contextmanager

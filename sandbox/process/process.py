@@ -51,6 +51,8 @@ class Process:
     returncode: int | None = None
     _reaped: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _waiting: threading.Lock = field(default_factory=threading.Lock)
+    _unwanted: bool = False
 
     @property
     def ended(self) -> bool:
@@ -58,9 +60,9 @@ class Process:
         return self._reaped or _wait(self.pidfd, 0)
 
     def signal(self, signum: int) -> None:
-        """Signal the cell if it has not been reaped."""
+        """Signal the cell if it has not been reaped, or let go."""
         with self._lock, contextlib.suppress(ProcessLookupError):
-            if not self._reaped:
+            if not self._reaped and self.pidfd >= 0:
                 # Popen.send_signal would reap a dead leader, and its group could no longer be killed.
                 signal.pidfd_send_signal(self.pidfd, signum)
 
@@ -78,13 +80,42 @@ class Process:
                 self._reaped = True
         return self.returncode
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether somebody is inside `waited_for`: that is whom a signal handler has interrupted."""
+        return self._waiting.locked()
+
+    @contextlib.contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """Wait at its descriptors: they are not closed meanwhile. Others could get their numbers."""
+        try:
+            with self._waiting:
+                yield
+        finally:
+            if self._unwanted:
+                self.close()
+
     def close(self) -> None:
-        """Release every descriptor. Call after the process is reaped."""
-        self.lines.close()
-        open_lines.discard(self.lines)
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        """Release every descriptor, or have who waits at them do so. Call after the process is reaped."""
+        self._unwanted = True
+        if self._waiting.acquire(blocking=False):
+            try:
+                self._release()
+            finally:
+                self._waiting.release()
+
+    def _release(self) -> None:
+        try:
+            self.lines.close()
+            open_lines.discard(self.lines)
+        finally:
+            pidfd, self.pidfd = self.pidfd, -1
+            if pidfd >= 0:
+                os.close(pidfd)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            self._release()
 
 
 def _wait(pidfd: int, timeout_ms: int | None = None) -> bool:

@@ -27,9 +27,10 @@ from crumplezone.errors import (
     InputError,
     SequenceIdError,
     TokenError,
+    UsageError,
     check_integer,
 )
-from crumplezone.sandbox.ipc.errands import BesideLog
+from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.workers.batch.batch import Batch
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ, Columns
 from crumplezone.workers.batch.ctypes_batch import MAX_TOKENS, read_llama_batch
@@ -289,6 +290,8 @@ def _run(ctx: Decoder, batch: object, *, encode: bool) -> int:
         rc = min((_code(error) for error in result.errors.values()), default=0)
         if rc in (1, -1):
             return rc if _take_back(ctx, columns, result) else -3
+    except UsageError:  # in the middle of another call, where llama.cpp would die; or closed
+        raise
     except InputError as error:
         _log.warning("invalid batch: %s", error)
         return -1

@@ -19,7 +19,7 @@ from tests.support.paths import ROOMS, modules
 ORDER = {
     "": (*ROOMS, "lowlevel", "cli"),
     "reports": ("printable", "records", "analysis", "formats", "store", "html"),
-    "sandbox": ("ipc", "process", "child", "autopsy", "cells"),
+    "sandbox": ("host", "ipc", "process", "child", "autopsy", "cells"),
     "workers": (
         *("protocol", "native", "batch", "model", "incidents", "cells"),
         *("memory", "width", "ladder", "embed", "generate", "llama", "decoder"),

@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -44,9 +45,17 @@ CONTEXT: dict[str, int | float | bool | str | None] = {
 _LOOKS = 10
 
 
+def collect() -> None:
+    """Have the collector find what nobody holds any more, and wait for the threads that release it."""
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("close-"):
+            thread.join(30)
+
+
 def descriptors(pid: int | None = None) -> list[str]:
     """What a process has open, this one by default, each by its name."""
-    gc.collect()  # what nobody holds any more is no leak
+    collect()  # what nobody holds any more is no leak
     names = []
     for each in Path(f"/proc/{pid or os.getpid()}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the listing's own

@@ -17,7 +17,7 @@ from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.spares import SparePool
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.sandbox.ipc.scarcity import NO_CELL, no_cell
+from crumplezone.sandbox.host.scarcity import NO_CELL, no_cell
 from crumplezone.workers.cells.targets import TARGETS, Kind
 from crumplezone.workers.incidents.deaths import Starts
 from crumplezone.workers.incidents.reporter import Reporter
@@ -120,6 +120,9 @@ class CellSource:
             raise UsageError(f"this {self._owner} is closed: make a new one")
         if self._cell is None or not self._cell.alive:
             self._cell = self._taken()
+            if self._closed:  # meanwhile
+                self.discard_cell()
+                raise UsageError(f"this {self._owner} is closed: make a new one")
         return self._cell
 
     def renew(self, config: Any) -> None:
@@ -137,10 +140,12 @@ class CellSource:
             self._cell.close()
 
     def close(self) -> None:
-        """End every cell, for good."""
+        """End every cell, for good. Idempotent."""
         self._closed = True
-        self._spares.close()
-        self.discard_cell()
+        try:
+            self.discard_cell()
+        finally:
+            self._spares.close()
 
     def _spec(self) -> CellSpec:
         limits = self._limits

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from crumplezone.errors import InputError
 from crumplezone.workers.generate.completion import Completion, failed
-from crumplezone.workers.generate.jobs import Job, PromptJob
+from crumplezone.workers.generate.jobs import Job, PromptJob, Stream, check_waiting
 from crumplezone.workers.protocol.sampling import Sampling
 
 
@@ -37,7 +37,7 @@ def complete(
         sampling: For each of them.
     """
     ahead = 2 * places()
-    waiting: set[Future[Completion]] = set()
+    waiting: dict[Future[Completion], Stream] = {}
     done: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
     raised: list[Exception] = []
     unread = _kept(prompts, raised)
@@ -53,13 +53,15 @@ def complete(
                 else:
                     job = PromptJob(index, prompt, sampling)
                     job.future.add_done_callback(done.put)
+                    waiting[job.future] = job.future
                     put(job)
-                    waiting.add(job.future)
                 if len(waiting) + refused >= ahead or not done.empty():
                     break
             refused = 0
             if waiting:
-                waiting.remove(future := done.get())
+                if done.empty():
+                    check_waiting(next(iter(waiting.values())).served_by)
+                del waiting[future := done.get()]
                 yield future.result()
     finally:
         for future in waiting:

@@ -6,12 +6,14 @@ import codecs
 import contextlib
 import logging
 import queue
-from collections.abc import Iterator
+import threading
+from collections.abc import Container, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from crumplezone.sandbox.ipc.errands import BesideLog
+from crumplezone.errors import UsageError
+from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.results import Result
@@ -23,7 +25,39 @@ _T = TypeVar("_T")
 _log = BesideLog(logging.getLogger(__name__))
 
 
-class Stream(Future[Completion]):
+def check_waiting(servers: Container[int]) -> None:
+    """Raise `UsageError` if this thread is one of those that are to do what it waits for."""
+    if threading.get_ident() in servers:
+        raise UsageError(
+            "a callback of a future waits for the thread that it is called on: have another thread wait"
+        )
+
+
+class Awaited(Future[_T]):
+    """A future that refuses to have the thread wait for it that is to do its job.
+
+    Attributes:
+        served_by: The threads that may.
+    """
+
+    served_by: Container[int] = ()
+
+    def result(self, timeout: float | None = None) -> _T:
+        """See `Future`."""
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See `Future`."""
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        if not self.done():
+            check_waiting(self.served_by)
+
+
+class Stream(Awaited[Completion]):
     """A prompt on its way: the future of its `Completion`, and an iterator over its text.
 
     It can be cancelled at any time before it is done: the place of its sequence is then given to another.
@@ -47,7 +81,10 @@ class Stream(Future[Completion]):
             CrumplezoneError: The prompt failed, after what was yielded.
             CancelledError: It was cancelled.
         """
-        while (piece := self._pieces.get()) is not None:
+        while True:
+            self._check()
+            if (piece := self._pieces.get()) is None:
+                break
             yield piece
         self._pieces.put(None)  # for whoever iterates again
         if error := self.result().error:
@@ -78,7 +115,7 @@ class BatchJob:
 
     columns: Columns
     ask: DecodeOptions
-    future: Future[Result] = field(default_factory=Future)
+    future: Awaited[Result] = field(default_factory=Awaited)
 
 
 Job = PromptJob | BatchJob

@@ -6,7 +6,8 @@ import logging
 import threading
 
 from crumplezone.errors import UsageError
-from crumplezone.sandbox.ipc.errands import BesideLog
+from crumplezone.sandbox.host.errands import BesideLog
+from crumplezone.sandbox.host.threads import serve
 from crumplezone.workers.generate.in_flight import Generation
 from crumplezone.workers.generate.jobs import Job, PromptJob, deliver, fail
 from crumplezone.workers.generate.queue import _CLOSED, Queue
@@ -44,8 +45,7 @@ class Lane:
 
     def join(self) -> None:
         """Wait for its end. Close or kill the queue first."""
-        if self._thread is not threading.current_thread():  # a callback of a future, which the lane runs
-            self._thread.join()
+        self._thread.join()
 
     def _nudge(self) -> None:
         if self._queue.killed:
@@ -54,6 +54,8 @@ class Lane:
             self._generation.nudge()
 
     def _run(self) -> None:
+        serve()
+        self._queue.served_by(threading.get_ident())
         generation = self._generation
         while (jobs := self._queue.take(generation.places, idle=not generation.busy)) is not None:
             for job in jobs:
@@ -79,6 +81,8 @@ class Lane:
     def _advance(self) -> None:
         try:
             self._generation.advance()
+        except UsageError as closed:  # in the middle of it
+            self._generation.give_up(closed)
         except Exception as error:  # noqa: BLE001 - a defect of ours: whoever waits must be told
             _log.exception("the generation failed")
             self._generation.give_up(error)

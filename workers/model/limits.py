@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from crumplezone.errors import check_integer, check_number
-from crumplezone.sandbox.ipc.surroundings import Surroundings
+from crumplezone.sandbox.host.surroundings import Surroundings
 
 
 @dataclass(frozen=True)

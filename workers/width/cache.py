@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 
 from crumplezone.reports.store import files
-from crumplezone.sandbox.ipc.errands import BesideLog
+from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.protocol.config import CellConfig
 from crumplezone.workers.protocol.width import Weighed

@@ -12,7 +12,7 @@ import msgspec
 from crumplezone.errors import CellDied, CellRefused
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.sandbox.ipc.errands import BesideLog
+from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.sandbox.process.cgroup import available_memory
 from crumplezone.workers.cells.client import CellClient
 from crumplezone.workers.cells.source import CellSource

@@ -25,8 +25,8 @@ from crumplezone.sandbox.autopsy.sigframe import aarch64 as sigframe_aarch64
 from crumplezone.sandbox.autopsy.sigframe import x86_64 as sigframe_x86_64
 from crumplezone.sandbox.autopsy.sigframe.frame import SignalFrame, mend_null_call, read_signal_frame
 from crumplezone.sandbox.autopsy.sigframe.layout import Layout
+from crumplezone.sandbox.host.surroundings import Surroundings
 from crumplezone.sandbox.ipc.channel import Call, Channel, FromChild, Ready, Start
-from crumplezone.sandbox.ipc.surroundings import Surroundings
 from crumplezone.sandbox.process.launch import spawn
 from crumplezone.sandbox.process.process import Process
 from crumplezone.sandbox.process.procfs import current_calls, find_map, is_code, read_at, read_maps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import queue
@@ -33,7 +32,7 @@ from crumplezone.workers.cells.targets import SEEDS
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
-from tests.support.decoders import Dose, descriptors, kill, read_all
+from tests.support.decoders import Dose, collect, descriptors, kill, read_all
 from tests.support.models.tiny_gguf import write_block_count_zero
 from tests.support.native.decode_poison import Poison
 from tests.support.processes.zygotes import SPEC, Deaths, echo, evidence_of, parent
@@ -214,7 +213,7 @@ def test_a_supply_that_nobody_closed_is_collected(zygote: Zygote, deaths: Deaths
     supply.take().close()
     assert supply.wait_for_all(30)
     del supply
-    gc.collect()
+    collect()
     assert psutil.Process(zygote.pid).children() == []
 
 

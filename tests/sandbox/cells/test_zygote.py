@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import queue
 import signal
@@ -22,7 +21,7 @@ from crumplezone.sandbox.cells import zygote
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.sandbox.child import fork_server
-from tests.support.decoders import descriptors, kill, opened_since, wait_for_end
+from tests.support.decoders import collect, descriptors, kill, opened_since, wait_for_end
 from tests.support.native import liars
 from tests.support.processes.constrained import STRANGER, descriptors_used_up
 from tests.support.processes.crashes import EXPECTED, check_stacks, has_address
@@ -420,6 +419,6 @@ def test_a_cell_that_nobody_closed_is_reaped(grow: Grow) -> None:
     cell = Cell(SPEC, seed.fork)
     pid = cell.pid
     del cell
-    gc.collect()
+    collect()
     assert not psutil.pid_exists(pid)
     assert psutil.Process(seed.pid).children() == []

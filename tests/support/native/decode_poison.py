@@ -28,8 +28,8 @@ class Poison(msgspec.Struct, frozen=True):
     min_sequences: int = 1
     after: str = ""  # only when there is this file
     once: str = ""  # a file that the first death makes; there is no second one
-    how: str = "segv"  # segv, null_seq_id, use_after_free, wait, or interrupt
-    fifo: str = ""  # wait: told by opening it
+    how: str = "segv"  # segv, null_seq_id, use_after_free, wait, meet, or interrupt
+    fifo: str = ""  # wait and meet: told by opening it
 
 
 class PoisonCell(DecodeCell):
@@ -85,6 +85,16 @@ class PoisonCell(DecodeCell):
         self._stop = C.ggml_abort_callback(stop)
         C.llama_set_abort_callback(self.context, self._stop, None)
 
+    def _meet(self, poison: Poison, *_: object) -> None:
+        meet(poison.fifo)
+
     def _wait(self, poison: Poison, *_: object) -> None:
         Path(poison.fifo).write_text("here")
         signal.pause()
+
+
+def meet(fifo: str) -> None:
+    """Wait to be met at a pipe, and then for a byte from another."""
+    Path(fifo).write_text("here")
+    with open(f"{fifo}.go", "rb", 0) as go:
+        go.read(1)

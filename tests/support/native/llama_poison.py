@@ -12,6 +12,7 @@ import msgspec
 
 from crumplezone.sandbox.child.loop import Room
 from crumplezone.workers.native.llama.cell import LlamaCell
+from tests.support.native.decode_poison import meet
 
 TARGET = "tests.support.native.llama_poison:PoisonCell"
 VARIABLE = "CRUMPLEZONE_TEST_LLAMA_POISON"
@@ -23,7 +24,8 @@ class Poison(msgspec.Struct, frozen=True):
     min_tokens: int = 1  # only with so many tokens in one native call
     at: int = 0  # only from this position on
     once: str = ""  # a file that the first death makes; there is no second one
-    how: str = "segv"  # segv or hang; restore: when it loads a saved state
+    how: str = "segv"  # segv or hang; restore: when it loads a saved state; meet: as of decode_poison
+    fifo: str = ""
 
 
 class PoisonCell(LlamaCell):
@@ -45,7 +47,10 @@ class PoisonCell(LlamaCell):
             ):
                 if dose.how == "hang":
                     signal.pause()
-                ctypes.memset(0x18, 1, 1)
+                if dose.how == "meet":
+                    meet(dose.fifo)
+                else:
+                    ctypes.memset(0x18, 1, 1)
             decode(batch)
 
         context.decode = dosed

@@ -24,7 +24,7 @@ from crumplezone.reports.store.store import Store
 from crumplezone.reports.store.storm import FULL_PER_HOUR
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
-from crumplezone.sandbox.ipc.errands import DELIVERY
+from crumplezone.sandbox.host.errands import DELIVERY
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.protocol.config import CellConfig

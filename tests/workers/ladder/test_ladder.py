@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from crumplezone import Batch, Result, Rung, SafeBatchProcessor
-from crumplezone.errors import BatchError, SequenceError
+from crumplezone.errors import BatchError, SequenceError, UsageError
 from crumplezone.reports.records.report import Exit, Outcome
 from crumplezone.reports.store.store import Store
 from tests.support.decoders import Dose, Open, assert_equal_logits, crashed_stack, kill, reports_of, sequences
@@ -186,7 +186,8 @@ def test_the_cells_of_a_safe_processor(tiny: Path, store: Store, start: str, spa
         assert_equal_logits(safe.decode(batch), first)
         assert not warm or client.pid in warm
         assert client.pid != before
-    assert "this SafeBatchProcessor is closed" in str(safe.decode(batch).errors[0])
+    with pytest.raises(UsageError, match="this SafeBatchProcessor is closed"):
+        safe.decode(batch)
 
 
 # --- many jobs

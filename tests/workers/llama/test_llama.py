@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import pickle
 import subprocess
@@ -26,6 +25,7 @@ from crumplezone import (
     StoppingCriteriaList,
 )
 from crumplezone.errors import InputError, ModelError, UsageError
+from tests.support.decoders import collect
 from tests.support.reference.llama_original import CALLS, FOX, OPTIONS, SEA, answer
 
 Get = Callable[[dict[str, Any]], Llama]
@@ -36,7 +36,7 @@ BAD_GRAMMARS = ["root ::= (", 'root ::= root "a" | "b"', 'other ::= "a"']  # eac
 def no_process_is_left() -> Iterator[None]:
     """As in conftest.py, but after all of the module: its tests share a few cells."""
     yield
-    gc.collect()
+    collect()
     assert psutil.Process().children(recursive=True) == []
 
 

@@ -17,7 +17,7 @@ from crumplezone import Llama
 from crumplezone.errors import ContextError, InputError, ModelError, ShortageError
 from crumplezone.reports.records.report import Exit, Phase
 from crumplezone.reports.store.store import Store
-from crumplezone.sandbox.ipc.errands import DELIVERY
+from crumplezone.sandbox.host.errands import DELIVERY
 from crumplezone.workers.llama.calls import checkpoint, session
 from tests.support.decoders import OpenLlama, kill, read_all
 from tests.support.native.llama_poison import Poison

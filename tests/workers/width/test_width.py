@@ -24,7 +24,7 @@ from crumplezone.reports.records.report import Exit
 from crumplezone.reports.store.store import Store
 from crumplezone.sandbox.cells.cell import CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.sandbox.ipc.errands import DELIVERY
+from crumplezone.sandbox.host.errands import DELIVERY
 from crumplezone.workers.cells.targets import SEEDS
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.limits import Limits

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import msgspec
 
 from crumplezone.sandbox.ipc.channel import ProtocolError, decoded
@@ -20,6 +23,15 @@ class Callbacks:
     """
 
     running: bool = False
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """The one that runs asks the cell itself."""
+        self.running = False
+        try:
+            yield
+        finally:
+            self.running = True
 
     def answer(self, client: LlamaClient, task: Task, body: msgspec.Raw) -> msgspec.Struct:
         """Answer a question; what the caller's callbacks raise goes through.

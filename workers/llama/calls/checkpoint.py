@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from crumplezone.errors import CellRefused, ShortageError
-from crumplezone.sandbox.ipc.errands import BesideLog
+from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.workers.protocol.llama import common_prefix
 
 _SHARE = 0.02  # of the time that cells compute, states take

@@ -15,32 +15,29 @@ class CallLock:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # re-entrant: a stream may be collected while this is held
+        self._lock = threading.RLock()  # re-entrant: a stream may be collected while this is held
+        self._changed = threading.Condition(self._lock)
         self._holder: object = None
         self._thread = 0
         self._closed = False
 
     def close(self) -> None:
         """End all waiting."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
     def take(self, who: object) -> None:
         """Wait for the turn; once it is closed, nobody waits."""
         me = threading.get_ident()
-        with self._changed:
+        with self._lock:
             while self._holder not in {None, who} and self._thread != me and not self._closed:
                 self._changed.wait()
             self._holder, self._thread = who, me
 
-    def mine(self) -> bool:
-        """Whether this thread has it."""
-        return self._holder is not None and self._thread == threading.get_ident()
-
     def release(self, who: object) -> None:
         """Give it up, if it is theirs."""
-        with self._changed:
+        with self._lock:
             if self._holder is who:
                 self._holder = None
                 self._changed.notify_all()

@@ -80,9 +80,9 @@ class TaskRunner:
         """A task that is no iterator, from begin to end; ``kind`` decodes its value."""
         return self._attempt(task, lambda: self._called(task, kind))
 
-    def query(self, task: Task, kind: Decode) -> Any:
-        """A task that changes nothing, even while a callback of another runs."""
-        if self.callbacks.running:  # its death is the asking task's, which goes on in the next cell
+    def query(self, task: Task, kind: Decode, *, asked: bool = False) -> Any:
+        """A task that changes nothing; ``asked``: by a callback of another that runs."""
+        if asked:  # its death is the asking task's, which goes on in the next cell
             return self._queried(task, kind)
         self.client.start()
         return self._attempt(task, lambda: self._queried(task, kind))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-import threading
 from collections.abc import Generator
 from typing import Any
 
 from crumplezone.errors import UsageError
-from crumplezone.sandbox.ipc.errands import BesideLog
+from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.cells.factory import Cells
+from crumplezone.workers.cells.turn import Turn
 from crumplezone.workers.llama.calls.checkpoint import Checkpoint
 from crumplezone.workers.llama.calls.client import Decode, LlamaClient
 from crumplezone.workers.llama.calls.lock import CallLock
@@ -41,10 +41,8 @@ class Session:
 
     def __init__(self, config: LlamaConfig, cells: Cells, spares: int | None) -> None:
         self._llama, self._cells = config, cells
-        self._owner = os.getpid()
-        self._closed = False
+        self._turn = Turn("Llama")  # for one exchange
         self._lock = CallLock()
-        self._busy = threading.RLock()  # for one exchange; a callback's own queries come from the same thread
         self._cautious = self._native = self._made(config.careful(), 0, Rung.TOKEN)
         try:
             self._native = self._made(config, self._spares(spares), Rung.NATIVE)
@@ -111,19 +109,23 @@ class Session:
             kind: Decodes its value.
         """
         self._check()
-        with self._lock.of(task), self._busy:
+        with self._lock.of(task), self._turn():
             return self.runner.call(task, kind)
 
     def query(self, task: Task, kind: Decode) -> Any:
         """Run a task that changes nothing, even while another is suspended or asks."""
-        self._check(query=True)
-        with self._busy:
+        self._turn.check_open()
+        callbacks = self.runner.callbacks
+        if callbacks.running and self._turn.mine():  # one of the caller's has asked
+            with callbacks.asking():
+                return self.runner.query(task, kind, asked=True)
+        with self._turn():
             return self.runner.query(task, kind)
 
     def open(self, task: Task) -> None:
         """Make the iterator of a task now, for the errors that its making has."""
         self._check()
-        with self._lock.of(task), self._busy:
+        with self._lock.of(task), self._turn():
             self.runner.open(task)
 
     def stream(self, task: Task, kind: Decode) -> Generator[Any, list[int] | None, None]:
@@ -133,7 +135,7 @@ class Session:
             while True:
                 self._check()
                 self._lock.take(task)
-                with self._busy:
+                with self._turn():
                     item = self.runner.pull(task, sent, kind)
                 if item is END:
                     return
@@ -142,27 +144,27 @@ class Session:
             self._lock.release(task)
 
     def close(self) -> None:
-        """End the cells and finish the reports. Waits for an exchange of another thread. Idempotent."""
-        if os.getpid() != self._owner:
-            return
-        with self._busy:
-            if not self._closed:
-                self._closed = True
-                self._lock.close()
-                self._cells.stop()  # before its cells are reaped, which it might not answer
-                self._native.close()
-                self._cautious.close()
-                self._cells.reporter.close()
-                self._cells.close()  # last: it reaps those that are being examined
+        """End the cells and finish the reports. Idempotent; see `Turn.close`.
+
+        It waits for an exchange of another thread. A call of this thread ends with a `UsageError`.
+        """
+        self._turn.close(self._release)
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
         self._cells.reporter.flush(kept=True)
 
-    def _check(self, *, query: bool = False) -> None:
-        if os.getpid() != self._owner:
-            raise UsageError("this Llama was made before a fork: make a new one in this process")
-        if self._closed:
-            raise UsageError("this Llama is closed: make a new one")
-        if self.runner.callbacks.running and not query and self._lock.mine():
+    def _release(self) -> None:
+        with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
+            stack.callback(self._cells.close)  # it reaps those that are being examined
+            stack.callback(self._cells.reporter.close)
+            stack.callback(self._cautious.close)
+            stack.callback(self._native.close)
+            stack.callback(self._cells.stop)  # before its cells are reaped, which it might not answer
+            stack.callback(self._lock.close)
+
+    def _check(self) -> None:
+        self._turn.check_open()
+        if self.runner.callbacks.running and self._turn.mine():
             raise UsageError("a logits processor or stopping criterion may only tokenize and detokenize")
+        self._turn.check()  # before the lock: this thread would take it over from its own call

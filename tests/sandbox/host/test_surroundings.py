@@ -18,8 +18,8 @@ import pytest
 from crumplezone.errors import InputError
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.sandbox.ipc.scarcity import remedy
-from crumplezone.sandbox.ipc.surroundings import Surroundings
+from crumplezone.sandbox.host.scarcity import remedy
+from crumplezone.sandbox.host.surroundings import Surroundings
 from tests.support.decoders import kill
 from tests.support.processes.zygotes import DOUBLE, SPEC, echo
 from tests.support.services.stunts import Config

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Self
 
 from crumplezone.errors import InputError
-from crumplezone.sandbox.ipc.scarcity import SCARCE, no_cell
-from crumplezone.sandbox.ipc.unpatched import refuse_patched
+from crumplezone.sandbox.host.scarcity import SCARCE, no_cell
+from crumplezone.sandbox.host.unpatched import refuse_patched
 
 _OWN_PROGRAM = "/proc/self/exe"
 _CHECK_DEADLINE = 30.0  # seconds

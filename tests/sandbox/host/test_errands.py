@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 
-from crumplezone.sandbox.ipc.errands import DELIVERY, BesideLog, Errands
+from crumplezone.sandbox.host.errands import DELIVERY, BesideLog, Errands
 from tests.support.processes.constrained import on_x86_64
 
 BOUND = 30  # seconds for anything
@@ -100,7 +100,7 @@ def test_what_is_kept_is_done_in_a_hurry_or_never(errands: Errands) -> None:
 
 NO_THREADS = """
 import errno, threading
-from crumplezone.sandbox.ipc.errands import Errands
+from crumplezone.sandbox.host.errands import Errands
 from tests.support.services import refuse
 
 refuse.system_call(435, errno.ENOSYS)  # clone3(2)

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from crumplezone.sandbox.host.threads import serve
+
 Task = Callable[[], object]
 
 _LINGER = 0.2  # seconds
@@ -48,6 +50,7 @@ class Errands:
         self._given = self.done = 0
         self._left: set[int] = set()  # numbers of the tasks that are not done
         self._doer: threading.Thread | None = None
+        self._latest: threading.Thread | None = None  # of its own, which may be about to end
 
     @property
     def waiting(self) -> int:
@@ -98,12 +101,11 @@ class Errands:
 
     def end(self) -> None:
         """Wait until all is done but for what is kept, which is dropped, and for the end of the thread."""
-        doer = self._doer
         self.drop()
         self.wait()
         self.drop()
-        if doer and not self.mine and doer.name == self._name:
-            doer.join()
+        if (last := self._latest) and last is not threading.current_thread():
+            last.join()
 
     def _append(self, task: Task) -> None:
         self._given += 1
@@ -125,10 +127,12 @@ class Errands:
             except (RuntimeError, MemoryError):
                 self._doer = threading.current_thread()
             else:
+                self._latest = self._doer
                 return
         self._work(None)
 
     def _run(self) -> None:
+        serve()
         with contextlib.suppress(BaseException):  # a task may want to end its thread
             self._work(self._linger)
         self._see_to_it()

@@ -1,0 +1,116 @@
+"""Whose call an engine is at, which thread that is, and that there will be no more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+from crumplezone.errors import UsageError
+from crumplezone.sandbox.host.threads import Task, caller, serves
+
+_LOOK = 0.05  # seconds between looks whether a call of another thread was broken off
+_OWN = 5.0  # seconds that a signal handler waits: what it has interrupted may hold what closing needs
+
+
+class Turn:
+    """The turn of one call: threads wait for each other, but nobody for himself.
+
+    Whoever calls again in the middle of a call of his own (a signal handler, a callback, an iterator) is told
+    so; if he closes, that call ends.
+
+    Args:
+        what: What its user calls the thing.
+
+    Attributes:
+        closed: There are no more.
+        broken: It was closed by the thread that had it.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._thread = 0  # that has it
+        self.broken = False
+        self._closing = Task[None]()
+        self.closed = False
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Take it for the length of a call.
+
+        Raises:
+            UsageError: It is closed, or this thread has it.
+        """
+        self.check()
+        me = caller()
+        # A lock itself: between taking it and the block runs no signal handler, as it may in an __enter__.
+        with self._lock:
+            self._thread = me
+            try:
+                self.check_open()
+                yield
+            except Exception as error:
+                if self.broken:
+                    raise self._ended() from error
+                raise
+            finally:
+                self._thread = 0
+        if self.broken:
+            raise self._ended()
+
+    def check(self) -> None:
+        """Raise `UsageError` unless this thread may take it, or wait for it."""
+        self.check_open()
+        if self.mine():
+            raise UsageError(
+                f"this {self._what} is in the middle of another call of this thread, from which a signal "
+                "handler or a callback has called it: call it from another thread, or after that call"
+            )
+
+    def mine(self) -> bool:
+        """Whether this thread is in the middle of a call."""
+        return self._thread == caller() and self._lock.locked()
+
+    def close(self, release: Callable[[], None]) -> None:
+        """Let there be no more calls, wait for the one of another thread, and release what calls need.
+
+        From the middle of a call of this thread, that call ends. From a thread of this package, which is
+        waited for, it is only begun. If the waiting is interrupted, it goes on, and can be waited for again.
+
+        Args:
+            release: Releases it. It is not interrupted, and called once.
+        """
+        if os.getpid() != self._pid:
+            return
+        self.closed = True
+        self.broken |= self.mine()
+
+        def work() -> None:
+            self._wait()
+            release()
+
+        self._closing.begin(work, f"close-{self._what}")
+        if self.mine():
+            self._closing.wait(_OWN)
+        elif not serves():
+            self._closing.result()
+
+    def _wait(self) -> None:
+        """Until the call that is under way has ended, or is to."""
+        while not self.broken:
+            if self._lock.acquire(timeout=_LOOK):
+                self._lock.release()
+                return
+
+    def check_open(self) -> None:
+        """Raise `UsageError` if it is closed, or was made by another process."""
+        if os.getpid() != self._pid:
+            raise UsageError(f"this {self._what} was made before a fork: make a new one in this process")
+        if self.closed:
+            raise UsageError(f"this {self._what} is closed: make a new one")
+
+    def _ended(self) -> UsageError:
+        return UsageError(f"this {self._what} was closed in the middle of this call")
