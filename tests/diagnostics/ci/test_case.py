@@ -308,7 +308,7 @@ def test_without_descriptors_it_is_an_error(tiny: Path, attempt: Try) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert record.ending is Ending.ERROR
-    assert "free memory, processes or file descriptors" in record.detail
+    assert "close files, or raise the limit of open ones (ulimit -n is " in record.detail
 
 
 # --- contexts
