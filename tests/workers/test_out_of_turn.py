@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -238,6 +239,43 @@ def test_a_callback_of_a_future_may_close(tiny: Path, make: Open) -> None:
     decoder = make(tiny, 1)
     in_callback(decoder, decoder.close)
     decoder.close()
+    assert children() == []
+
+
+class Calling(logging.Handler):
+    """Does something with the first record."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__()
+        self._work = work
+        self.came = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - the signature of handlers
+        if not self.came.is_set():
+            self._work()
+            self.came.set()
+
+
+HANDLERS: dict[str, Callable[[Decoder], object]] = {
+    "flush_reports": Decoder.flush_reports,
+    "close": Decoder.close,
+    "decode": lambda d: d.decode(BATCH),
+}
+
+
+@pytest.mark.parametrize("work", HANDLERS)
+def test_a_logging_handler_that_calls_hangs_nobody(work: str, tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 2, preflight=False)
+    handler = Calling(lambda: HANDLERS[work](decoder))
+    logger = logging.getLogger("crumplezone")
+    logger.addHandler(handler)
+    try:
+        assert decoder.encode(BATCH).errors == {}  # it crashes, and the report of that is logged
+        decoder.flush_reports()
+        assert handler.came.wait(_END)
+        decoder.close()
+    finally:
+        logger.removeHandler(handler)
     assert children() == []
 
 

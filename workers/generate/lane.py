@@ -81,8 +81,6 @@ class Lane:
     def _advance(self) -> None:
         try:
             self._generation.advance()
-        except UsageError as closed:  # in the middle of it
-            self._generation.give_up(closed)
         except Exception as error:  # noqa: BLE001 - a defect of ours: whoever waits must be told
             _log.exception("the generation failed")
             self._generation.give_up(error)

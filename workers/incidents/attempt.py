@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from crumplezone.errors import CellDied, CrumplezoneError, MemoryLostError, UsageError
+from crumplezone.errors import CellDied, CrumplezoneError, MemoryLostError
 from crumplezone.reports.records.report import BatchRecord, Outcome
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.workers.batch.call import RefusedError
@@ -83,11 +83,8 @@ class Attempt:
         return self.error.rc if isinstance(self.error, RefusedError) else None
 
     def tells(self, error: BaseException) -> bool:
-        """Whether an error is what came of this, and not for others.
-
-        Without its memory no job goes on, nor in what was closed.
-        """
-        return isinstance(error, _TOLD) and not isinstance(error, MemoryLostError | UsageError)
+        """Whether an error is what came of this, and not for others. Without its memory no job goes on."""
+        return isinstance(error, _TOLD) and not isinstance(error, MemoryLostError)
 
     def __enter__(self) -> Self:
         self._start = time.perf_counter()
