@@ -67,7 +67,7 @@ def check_local(field: str, path: object) -> None:
     """Raise `InputError` if a path that is to be written is a URL: it would be a directory with that name."""
     # `Path` takes away one of its two slashes.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise InputError(field, str(path), "must be a path on this machine; copy from there to a URL")
+        raise InputError(field, str(path), "must be a directory on this machine: upload it afterwards")
 
 
 def check_texts(field: str, value: object) -> None:

@@ -167,7 +167,7 @@ def test_a_url_makes_no_directory(command: tuple[str, ...], field: str, tmp_path
     done = crumplezone(*command, cwd=tmp_path)
     assert done.returncode == 2
     assert f"{field} is 's3:/bucket" in done.stderr
-    assert "path on this machine" in done.stderr
+    assert "directory on this machine" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -186,7 +186,8 @@ class CellSource:
         if loader:
             raise ModelError(self.config.model, f"llama.cpp died while loading it. {what}", named) from died
         problem = f"no cell could be started: {starts.lost} in a row were lost before they were ready"
-        raise CrumplezoneError(f"{problem}, not by what they loaded. The last: {what}") from died
+        remedy = "Find what ends them (a watchdog, a limit of memory); `crumplezone doctor` tries a start"
+        raise CrumplezoneError(f"{problem}, not by what they loaded. {remedy}. The last: {what}") from died
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

@@ -63,7 +63,7 @@ def test_default_directory_follows_the_environment(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("url", ["s3://bucket", "gs://bucket/reports", "file:///tmp/x", Path("s3://bucket")])
 def test_a_url_is_no_store(url: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=rf"^reports is '{url}': must be a path on this machine"):
+    with pytest.raises(InputError, match=rf"^reports is '{url}': must be a directory on this machine"):
         store.directory_of(url)
     monkeypatch.setenv("CRUMPLEZONE_REPORTS", str(url))
     with pytest.raises(InputError, match=rf"^\$CRUMPLEZONE_REPORTS is '{url}'"):
