@@ -10,6 +10,7 @@ from typing import Protocol, Self
 from crumplezone.errors import CellDied, CrumplezoneError, MemoryLostError
 from crumplezone.reports.records.report import BatchRecord, Outcome
 from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.sandbox.host.scarcity import SCARCE, remedy
 from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
@@ -74,8 +75,12 @@ class Attempt:
 
     @property
     def problem(self) -> str:
-        """What it failed with, in words; empty if it did not."""
-        return "" if self.error is None else str(self.error) or type(self.error).__name__
+        """What it failed with, in words, and what to do where Python does not say; empty if it did not."""
+        if self.error is None:
+            return ""
+        told = str(self.error) or type(self.error).__name__
+        scarce = isinstance(self.error, MemoryError) or getattr(self.error, "errno", None) in SCARCE
+        return f"{told}: {remedy(self.error)}" if scarce else told
 
     @property
     def rc(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -103,6 +104,20 @@ def test_a_refusal_is_told(tries: Tries, store: Store, error: Exception, rc: int
     assert (step.outcome, step.detail) == (Outcome.REFUSED, str(error))
     tries.reporter.file(tries.job, None, None, failed=True)
     assert (tries.asked, store.rows()) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "MemoryError: free memory"),
+        (OSError(errno.EMFILE, "Too many open files"), "[Errno 24] Too many open files: close files"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_this_process_lacks_is_told_with_a_remedy(tries: Tries, error: Exception, told: str) -> None:
+    with tries.attempt() as tried:
+        raise error
+    assert tried.problem.startswith(told)
 
 
 def test_what_was_done_is_a_step(tries: Tries) -> None:
