@@ -75,7 +75,8 @@ class Decoder:
         safe_fallback: Whether a job that the native rung cannot do goes down the ladder.
         preflight: Whether to skip native calls that are known to crash.
         deadline: Seconds until a native call counts as hung, or None.
-        memory_limit: Bytes of resident memory above which a cell is killed, or None.
+        memory_limit: Bytes of memory, resident or shared with this process, above which a cell is killed,
+            or None.
         reports: The report store; None for ``$CRUMPLEZONE_REPORTS`` or the XDG state directory.
         redact: Keep token ids, prompt text and paths out of the reports (hashes and base names instead).
         checkpoint_every: After so many tokens, keep the state of the memory instead of its tokens, so that a
@@ -383,7 +384,7 @@ class Decoder:
         return complete(lambda: self._pool().places, self._put, prompts, sampling)
 
     def flush_reports(self) -> None:
-        """Wait until the reports of all crashes so far are on disk."""
+        """Wait until the reports of all crashes and kills that were noticed so far are on disk."""
         self._reporter.flush(kept=True)
 
     def close(self) -> None:

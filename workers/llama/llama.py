@@ -67,7 +67,8 @@ class Llama(Facts, Completions):
         reports: The report store; None for ``$CRUMPLEZONE_REPORTS`` or the XDG state directory.
         deadline: Seconds without a sign of life (a token, a piece of the prompt) until a call counts as
             hung, or None.
-        memory_limit: Bytes of resident memory above which the cell is killed, or None.
+        memory_limit: Bytes of memory, resident or shared with this process, above which the cell is killed,
+            or None.
         redact: Keep token ids, prompt text and paths out of the reports.
         start: How its cells are started: "zygote" (forked from a process that has loaded the model), "spawn"
             (each loads it), or "auto": "spawn" with layers to offload, and where forking is not safe.
@@ -331,11 +332,11 @@ class Llama(Facts, Completions):
         return self._session.processes
 
     def flush_reports(self) -> None:
-        """Wait until the reports of all crashes so far are on disk."""
+        """Wait until the reports of all crashes and kills that were noticed so far are on disk."""
         self._session.flush_reports()
 
     def close(self) -> None:
-        """End the cell and finish the reports. Idempotent."""
+        """End the cell and finish the reports. Idempotent, and from within a call as `Decoder.close`."""
         self._session.close()
 
     def __getstate__(self) -> dict[str, Any]:
