@@ -10,6 +10,8 @@ from crumplezone.sandbox.autopsy.incident import Incident
 
 KILLS_MAX = 8  # in a row, with nothing done between: what is killed that often will be killed again
 _UNCLEAR_MAX = 2  # of starts, likewise
+_HURRIED = 3  # starts; before each that follows there is a pause
+_PAUSE = 0.5  # seconds
 _STARTING = 30.0  # seconds in which starts may be killed as often as it takes: on a busy machine each is long
 
 
@@ -51,13 +53,16 @@ class Starts:
         return not (_killed(evidence) or _unloaded(evidence) or _unclear(evidence))
 
     def again(self, evidence: Evidence) -> bool:
-        """Note another; whether to start one more."""
+        """Note another; whether to start one more, which is now."""
         self.lost += 1
         if not _killed(evidence):
             self._unloaded += _unloaded(evidence)
             self._unclear += not _unloaded(evidence)
         worth = self.lost <= KILLS_MAX or time.monotonic() - self._began < _STARTING
-        return worth and self._unclear <= _UNCLEAR_MAX and self._unloaded <= KILLS_MAX
+        again = worth and self._unclear <= _UNCLEAR_MAX and self._unloaded <= KILLS_MAX
+        if again and self.lost >= _HURRIED:
+            time.sleep(_PAUSE)
+        return again
 
 
 def _killed(evidence: Evidence) -> bool:

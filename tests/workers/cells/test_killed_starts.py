@@ -72,6 +72,7 @@ def test_starts_that_are_killed_again_and_again_blame_no_model(
     tiny: Path, mortality: Mortal, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deaths, "_STARTING", 0.0)
+    monkeypatch.setattr(deaths, "_PAUSE", 0.01)
     file = mortality("decode")
     file.write_text("1000 kill")
     with pytest.raises(
