@@ -167,8 +167,9 @@ class Decoder:
     def processes(self) -> dict[str, list[int]]:
         """Process ids: of the "zygote", the cells of "memory", "lanes" and "embeddings", and "spares"."""
         lanes = [client for pool in self._pools for client in pool.clients]
-        spares = [client.spare_pids for client in (self._native, *lanes)]
-        spares += [self._embedder.spare_pids] if self._embedder else []
+        with self._turn.passing():
+            spares = [client.spare_pids for client in (self._native, *lanes)]
+            spares += [self._embedder.spare_pids] if self._embedder else []
         return {
             "zygote": _known(self._cells.zygote),
             "memory": _known(self._native),
@@ -385,7 +386,8 @@ class Decoder:
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes and kills that were noticed so far are on disk."""
-        self._reporter.flush(kept=True)
+        with self._turn.passing():
+            self._reporter.flush(kept=True)
 
     def close(self) -> None:
         """End the cells and finish the reports. Idempotent.
@@ -420,8 +422,9 @@ class Decoder:
                 stack.callback(self._cells.stop)
 
     def _put(self, job: Job) -> None:
-        while not self._pool().put(job):  # it was retired in between
-            pass
+        with self._turn.passing():
+            while not self._pool().put(job):  # it was retired in between
+                pass
 
     def _pool(self) -> Pool:
         """The lanes that take jobs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -291,3 +292,53 @@ def in_callback(decoder: Decoder, work: Callable[[], object]) -> object:
 
     decoder.submit_prompt("abc", max_tokens=200).add_done_callback(call)
     return came.result(_END)
+
+
+@contextmanager
+def handled_under_lock(work: Callable[[], object]) -> Iterator[list[object]]:
+    """Have a signal handler do something where this thread next holds a condition's lock in this package."""
+    condition = threading.Condition
+    held = {each.__code__ for each in (condition.notify, condition.notify_all, condition.wait_for)}
+    came: list[object] = []
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        called = frame.f_back and frame.f_back.f_globals.get("__name__")
+        if event == "call" and frame.f_code in held and str(called).startswith("crumplezone."):
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: came.append(work()))
+    sys.setprofile(look)
+    try:
+        yield came
+    finally:
+        sys.setprofile(None)
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.timeout(60)  # or it would wait for itself for ever
+@pytest.mark.parametrize("passing", ["submit", "flush_reports"])
+def test_a_signal_handler_may_close_where_its_thread_holds_a_lock(
+    passing: str, tiny: Path, make: Open
+) -> None:
+    decoder = make(tiny, 1)
+    decoder.submit(BATCH).result(_END)
+    with handled_under_lock(decoder.close) as came:
+        if passing == "submit":
+            with pytest.raises(UsageError, match="closed"):
+                decoder.submit(BATCH).result(_END)
+        else:
+            decoder.flush_reports()
+    assert came == [None]
+    decoder.close()
+    assert children() == []
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_handler_may_close_a_llama_where_its_thread_holds_a_lock(tiny: Path, tmp_path: Path) -> None:
+    llama = Llama(str(tiny), n_ctx=64, n_threads=1, reports=tmp_path)
+    with handled_under_lock(llama.close) as came:
+        llama("abc", **GREEDY)  # whose end tells who waits
+    assert came == [None]
+    llama.close()
+    assert children() == []

@@ -33,6 +33,7 @@ class Turn:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._thread = 0  # that has it
+        self._passing: list[int] = []  # threads
         self.broken = False
         self._closing = Task[None]()
         self.closed = False
@@ -70,6 +71,17 @@ class Turn:
                 "handler or a callback has called it: call it from another thread, or after that call"
             )
 
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """What this thread does at the thing without the turn: it takes locks that closing needs, too."""
+        me = caller()
+        try:
+            self._passing.append(me)
+            yield
+        finally:
+            with contextlib.suppress(ValueError):  # interrupted before
+                self._passing.remove(me)
+
     def mine(self) -> bool:
         """Whether this thread is in the middle of a call."""
         return self._thread == caller() and self._lock.locked()
@@ -77,8 +89,9 @@ class Turn:
     def close(self, release: Callable[[], None]) -> None:
         """Let there be no more calls, wait for the one of another thread, and release what calls need.
 
-        From the middle of a call of this thread, that call ends. From a thread of this package, which is
-        waited for, it is only begun. If the waiting is interrupted, it goes on, and can be waited for again.
+        From the middle of a call of this thread, that call ends; from there, and in the middle of what is
+        `passing`, it is not waited for long. From a thread of this package, which is waited for, it is only
+        begun. If the waiting is interrupted, it goes on, and can be waited for again.
 
         Args:
             release: Releases it. It is not interrupted, and called once.
@@ -93,7 +106,7 @@ class Turn:
             release()
 
         self._closing.begin(work, f"close-{self._what}")
-        if self.mine():
+        if self.mine() or caller() in self._passing:
             self._closing.wait(_OWN)
         elif not serves():
             self._closing.result()

@@ -95,11 +95,13 @@ class Session:
         zygote = self._cells.zygote
         known = {"zygote": zygote.pid if zygote else None, "cell": self.runner.client.pid}
         found = {name: [pid] if pid else [] for name, pid in known.items()}
-        return found | {"spares": self._native.spare_pids}
+        with self._turn.passing():
+            return found | {"spares": self._native.spare_pids}
 
     def wait_for_spares(self, timeout: float) -> bool:
         """Wait until every spare is there; False if that takes longer (seconds), or none is made any more."""
-        return self._native.wait_for_spares(timeout)
+        with self._turn.passing():
+            return self._native.wait_for_spares(timeout)
 
     def call(self, task: Task, kind: Decode) -> Any:
         """Run a task to its end.
@@ -109,7 +111,7 @@ class Session:
             kind: Decodes its value.
         """
         self._check()
-        with self._lock.of(task), self._turn():
+        with self._turn.passing(), self._lock.of(task), self._turn():
             return self.runner.call(task, kind)
 
     def query(self, task: Task, kind: Decode) -> Any:
@@ -125,7 +127,7 @@ class Session:
     def open(self, task: Task) -> None:
         """Make the iterator of a task now, for the errors that its making has."""
         self._check()
-        with self._lock.of(task), self._turn():
+        with self._turn.passing(), self._lock.of(task), self._turn():
             self.runner.open(task)
 
     def stream(self, task: Task, kind: Decode) -> Generator[Any, list[int] | None, None]:
@@ -134,14 +136,16 @@ class Session:
         try:
             while True:
                 self._check()
-                self._lock.take(task)
+                with self._turn.passing():
+                    self._lock.take(task)
                 with self._turn():
                     item = self.runner.pull(task, sent, kind)
                 if item is END:
                     return
                 sent = yield item
         finally:
-            self._lock.release(task)
+            with self._turn.passing():
+                self._lock.release(task)
 
     def close(self) -> None:
         """End the cells and finish the reports. Idempotent; see `Turn.close`.
@@ -152,7 +156,8 @@ class Session:
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes so far are on disk."""
-        self._cells.reporter.flush(kept=True)
+        with self._turn.passing():
+            self._cells.reporter.flush(kept=True)
 
     def _release(self) -> None:
         with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
