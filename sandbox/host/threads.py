@@ -59,9 +59,11 @@ class Task(Generic[_T]):
 
     def take_over(self) -> bool:
         """Have it never done here; False if it is begun."""
-        taken = self._claim.acquire(blocking=False)
-        self._given_away |= taken
-        return taken
+        if not self._claim.acquire(blocking=False):
+            return False
+        self._given_away = True
+        self._let_go()  # whoever has begun it a moment ago, and waits
+        return True
 
     def begin(self, work: Callable[[], _T], name: str) -> None:
         """Have it done. Idempotent; also for finalizers, and for who was interrupted in here.
@@ -124,7 +126,12 @@ class Task(Generic[_T]):
             self._error = error
         finally:
             self._ended = True
-            while self._latches:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Have nobody wait any more."""
+        with contextlib.suppress(IndexError):
+            while True:
                 self._latches.pop().release()
 
 

@@ -141,3 +141,14 @@ def test_without_a_thread_it_is_done_where_it_is_asked_for(monkeypatch: pytest.M
     task.begin(threading.get_ident, "own")
     assert task.result() == threading.get_ident()
     assert not serves()
+
+
+def test_who_waits_for_what_somebody_else_takes_over_goes_on() -> None:
+    task, came = Task[int](), list[int | None]()
+    waiting = threading.Thread(target=lambda: came.append(task.result()), daemon=True)
+    waiting.start()
+    while not task._latches and waiting.is_alive():  # it waits
+        pass
+    assert task.take_over()
+    waiting.join(_END)
+    assert came == [None]
