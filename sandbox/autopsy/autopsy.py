@@ -116,22 +116,33 @@ def begin(death: Death) -> Future[Evidence]:
         death.process.signal(signal.SIGSTOP)
     death.steps += death.process.refused
     future: Future[Evidence] = Future()
-    name = f"autopsy-{death.process.pid}"
-    if crowded := TURNS.crowded:
-        future.set_result(_autopsy(death, in_haste=crowded))
+    crowded, counted = TURNS.crowded, contextlib.ExitStack()
+    counted.enter_context(TURNS.autopsy())  # before its thread runs: the next cell may lack what it holds now
+
+    def examine(in_haste: str = "") -> None:
+        future.set_result(_autopsy(death, counted, in_haste=in_haste))
+
+    if crowded:
+        examine(crowded)
         return future
     try:
-        threading.Thread(target=lambda: future.set_result(_autopsy(death)), name=name).start()
+        threading.Thread(target=examine, name=f"autopsy-{death.process.pid}").start()
     except (RuntimeError, MemoryError) as error:
         death.steps.append(_failed("autopsy", error, _MAY_START))
-        future.set_result(_autopsy(death, in_haste="the caller waits"))
+        examine("the caller waits")
     return future
 
 
-def _autopsy(death: Death, *, in_haste: str = "") -> Evidence:
-    """``in_haste``: why the caller waits for it, so without what takes longer than some milliseconds."""
+def _autopsy(death: Death, counted: contextlib.ExitStack, *, in_haste: str) -> Evidence:
+    """Examine it, and end it.
+
+    Args:
+        death: Of what.
+        counted: Among those that there are, until it is ended.
+        in_haste: Why the caller waits for it, so without what takes longer than some milliseconds.
+    """
     seen = _Seen()
-    with TURNS.autopsy():
+    with counted:
         try:
             _examine(death, seen, in_haste=in_haste)
         except Exception as error:  # noqa: BLE001 - it is ended and reported whatever was found in it

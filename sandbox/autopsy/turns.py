@@ -6,7 +6,6 @@ Everything here is of the whole process: decoders that crash together share its 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import threading
 import time
@@ -16,13 +15,13 @@ from typing import TypeVar
 
 from crumplezone.reports.records.report import Fault, Thread
 from crumplezone.reports.store.storm import FULL_PER_HOUR
+from crumplezone.sandbox.host.scarcity import SCARCE
 
 _WAITING_PER_CORE = 4
 _AUTOPSIES_PER_CORE = 7  # one with a turn, those that wait, and two that go without
 _PATIENCE = 15.0  # seconds for a turn: as long as a helper may take
 _ROOM = 2.0  # seconds for a dead process to be let go
 _TRIES = 8  # of a start, each after one was
-_SCARCE = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
 _HOUR = 3600.0  # seconds
 _MAX_CRASHES = 1024
 _FRAMES = 8  # innermost ones, by which a crash is known again
@@ -46,6 +45,9 @@ class Turns:
         at_once: How many turns are had side by side.
         waiting: How many more may wait for one; who comes then goes without.
         autopsies: With more of them, those that come are for their callers to make.
+
+    Attributes:
+        ended: How many autopsies have.
     """
 
     def __init__(self, at_once: int, waiting: int, autopsies: int) -> None:
@@ -58,7 +60,7 @@ class Turns:
         self._let_go = threading.Condition(self._lock)
         self._free = self._at_once
         self._line: deque[_Ticket] = deque()
-        self._open = self._ended = 0
+        self._open = self.ended = 0
 
     @property
     def crowded(self) -> str:
@@ -67,7 +69,7 @@ class Turns:
 
     @contextlib.contextmanager
     def autopsy(self) -> Iterator[None]:
-        """An autopsy, whether or not it has a turn: it holds the descriptors of a dead process."""
+        """An autopsy, whether or not it has a turn, from the death on: it holds what the dead process had."""
         with self._lock:
             self._open += 1
         try:
@@ -75,7 +77,7 @@ class Turns:
         finally:
             with self._lock:
                 self._open -= 1
-                self._ended += 1
+                self.ended += 1
                 self._let_go.notify_all()
 
     @contextlib.contextmanager
@@ -92,18 +94,22 @@ class Turns:
                     else:
                         self._free += 1
 
-    def make_room(self) -> bool:
+    def make_room(self, ended: int) -> bool:
         """Have who waits go without, and wait for an autopsy to end; whether one has.
 
         What a dead process held can then be had by a new one.
+
+        Args:
+            ended: How many had, when there was no room.
         """
         with self._lock:
-            ended = self._ended
+            if self.ended != ended:  # one has, meanwhile
+                return True
             for ticket in self._line:
                 ticket.sent_away = True
                 ticket.called.set()
             self._line.clear()
-            return self._open > 0 and self._let_go.wait_for(lambda: self._ended != ended, _ROOM)
+            return self._open > 0 and self._let_go.wait_for(lambda: self.ended != ended, _ROOM)
 
     def _take(self) -> str:
         with self._lock:
@@ -132,8 +138,7 @@ class Familiar:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
-        self._seen: dict[_Key, deque[float]] = {}  # when they were taken; least recently taken first
+        self.forget()
 
     def refusal(self, key: _Key | None) -> str:
         """Why the stacks of such a crash need not be taken, or an empty string."""
@@ -153,9 +158,9 @@ class Familiar:
                     del self._seen[next(iter(self._seen))]
 
     def forget(self) -> None:
-        """Know none of them any more."""
-        with self._lock:
-            self._seen.clear()
+        """Know none of them any more: also in a fork, where who held the lock does not run."""
+        self._lock = threading.Lock()
+        self._seen: dict[_Key, deque[float]] = {}  # when they were taken; least recently taken first
 
 
 def crash_key(fault: Fault | None, threads: Sequence[Thread]) -> _Key | None:
@@ -175,11 +180,12 @@ def with_room(start: Callable[[], _T]) -> _T:
         OSError, RuntimeError: There is none for all that; RuntimeError is of threads.
     """
     for _ in range(_TRIES):
+        ended = TURNS.ended
         try:
             return start()
         except (OSError, RuntimeError) as error:
-            scarce = not isinstance(error, OSError) or error.errno in _SCARCE
-            if not (scarce and TURNS.make_room()):
+            scarce = not isinstance(error, OSError) or error.errno in SCARCE
+            if not (scarce and TURNS.make_room(ended)):
                 raise
     return start()
 
@@ -187,4 +193,5 @@ def with_room(start: Callable[[], _T]) -> _T:
 _CORES = len(os.sched_getaffinity(0))
 TURNS = Turns(_CORES, _WAITING_PER_CORE * _CORES, _AUTOPSIES_PER_CORE * _CORES)
 FAMILIAR = Familiar()
-os.register_at_fork(after_in_child=TURNS.reset)
+for _forget in (TURNS.reset, FAMILIAR.forget):
+    os.register_at_fork(after_in_child=_forget)

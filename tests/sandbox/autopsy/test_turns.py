@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import Evidence, Exit, Fault, Frame, Thread
 from crumplezone.reports.store.storm import FULL_PER_HOUR
+from crumplezone.sandbox.autopsy import autopsy
 from crumplezone.sandbox.autopsy.incident import Incident
-from crumplezone.sandbox.autopsy.turns import TURNS, Familiar, Turns, crash_key
+from crumplezone.sandbox.autopsy.turns import FAMILIAR, TURNS, Familiar, Turns, crash_key
 from crumplezone.sandbox.cells.cell import Cell
-from tests.support.decoders import descriptors
+from tests.support.decoders import descriptors, fork
 from tests.support.processes.cells import die, spec
 from tests.support.processes.constrained import descriptors_used_up
 from tests.support.services.stunts import Echo, Stunt
@@ -95,7 +98,7 @@ def test_a_turn_is_had_in_the_order_of_coming_and_the_line_has_an_end() -> None:
 
 def test_who_waits_is_sent_away_when_room_is_needed() -> None:
     turns = Turns(1, 2, 9)
-    assert not turns.make_room()  # nobody holds anything
+    assert not turns.make_room(turns.ended)  # nobody holds anything
     with every_turn_taken(turns):
         ended = threading.Event()
 
@@ -107,7 +110,7 @@ def test_who_waits_is_sent_away_when_room_is_needed() -> None:
         thread = threading.Thread(target=wait_and_end)
         thread.start()
         wait_for_line(turns, 1)
-        assert turns.make_room()
+        assert turns.make_room(turns.ended)
         assert ended.wait(BOUND)
         thread.join()
 
@@ -119,7 +122,7 @@ def test_where_no_turn_can_be_had_the_evidence_is_what_takes_no_helper() -> None
             wait_for_line(TURNS, n + 1)
         evidence = die("segv")
         assert "waited" in left_out(evidence)
-        TURNS.make_room()
+        TURNS.make_room(TURNS.ended)
     assert left_out(die("segv")) == ""
 
 
@@ -157,13 +160,44 @@ def test_a_start_without_a_descriptor_gets_those_of_the_dead() -> None:
     assert set(told) == {"left out: what it held was needed to start a process"}
 
 
+def test_a_dead_process_counts_before_its_autopsy_runs() -> None:
+    asked_for = threading.Event()
+
+    def hold(frame: FrameType, event: str, _: object) -> None:
+        end = time.monotonic() + BOUND
+        while frame.f_code is autopsy._autopsy.__code__ and event == "call" and not asked_for.is_set():
+            if TURNS._let_go._waiters or time.monotonic() > end:  # type: ignore[attr-defined]
+                asked_for.set()
+            os.sched_yield()
+
+    threading.setprofile(hold)  # of threads that are started from here on
+    try:
+        incident = lose()
+    finally:
+        threading.setprofile(None)
+    with descriptors_used_up(but=8):
+        cell = Cell(spec())
+    cell.close()
+    assert asked_for.is_set()
+    assert incident.evidence.result(BOUND).exit == Exit.SIGNAL
+
+
+def test_room_that_was_made_meanwhile_is_room() -> None:
+    turns = Turns(1, 2, 9)
+    before = turns.ended
+    with turns.autopsy():
+        pass
+    assert turns.make_room(before)
+    assert not turns.make_room(turns.ended)
+
+
 def test_a_fork_has_every_turn() -> None:
     turns = Turns(1, 0, 9)
     with every_turn_taken(turns), turns.autopsy():
         turns.reset()
         with turns.turn() as refusal:
             assert refusal == ""
-        assert not turns.make_room()
+        assert not turns.make_room(turns.ended)
         turns.reset()
 
 
@@ -182,6 +216,16 @@ def test_a_crash_is_known_again_by_where_it_was_called_from() -> None:
     assert crash_key(FAULT, crashed("0x1")) is None
     assert crash_key(FAULT, []) is None
     assert crash_key(None, crashed("0x1", "0x2")) is None
+
+
+def test_a_fork_waits_for_no_thread_that_it_does_not_have() -> None:
+    with FAMILIAR._lock:
+        pid = fork()
+        if not pid:
+            signal.alarm(BOUND)
+            FAMILIAR.count((11, "a place"))
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_what_was_taken_often_is_not_taken_again_within_the_hour() -> None:
