@@ -227,9 +227,11 @@ class _EmbedJob:
                 return None
             if not (rung is Rung.SAFE and tried.died and deaths.again(tried.died)):
                 break
-        if tried.died and rung is Rung.SAFE:
+        if rung is Rung.NATIVE:  # each is tried alone now, and nobody is to wait for a report
+            return SequenceError(texts[0], tried.problem)
+        if tried.died:
             case.blamed += texts
-        return SequenceError(texts[0], tried.problem, tried.report, tried.rc)
+        return SequenceError(texts[0], tried.problem, self._reporter.written(tried.report), tried.rc)
 
     def _tried(
         self,

@@ -220,21 +220,23 @@ class MemorySession:
             return ""
         deaths, chunk, again = Deaths(own=1), 0, True
         while again:
+            path = None
             try:
                 problem = self._replay(chunk)
             except CellDied as died:
                 path = self._report(died, "restoring memory", "it was tried again, token by token")
-                problem, again = f"{died}; report: {path}", deaths.again(died)
+                problem, again = str(died), deaths.again(died)
             except (RefusedError, CellRefused) as refused:
                 problem, again = str(refused), not chunk
                 self._drop()
             else:
                 if not problem:
                     self._cell = self.client.cell
-                    break
+                    return ""
                 again = not chunk
             chunk = 1  # once more, in another cell, a token at a time
-        return problem
+        named = self._reporter.written(path)
+        return f"{problem}; report: {named}" if named else problem
 
     def _lose(self, problem: str) -> None:
         self._journal.clear()

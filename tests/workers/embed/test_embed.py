@@ -279,6 +279,16 @@ def test_a_text_that_fails_fails_alone(
         assert safe.context["pooling"] == "mean"
 
 
+def test_no_error_names_a_report_that_could_not_be_written(
+    tiny: Path, make_embedder: Make, store: Store, dose: Dose
+) -> None:
+    dose("segv", token=Z)
+    store.directory.write_text("in the way")
+    (error,) = embed(make_embedder(tiny), [*FEW, "xyz"]).errors.values()
+    assert error.report is None
+    assert "report" not in str(error)
+
+
 @pytest.mark.parametrize("how", ["segv", "hang", "too_many", "no_token"])
 def test_what_happens_once_costs_no_text(
     tiny: Path, tmp_path: Path, make_embedder: Make, store: Store, reporter: Reporter, dose: Dose, how: str

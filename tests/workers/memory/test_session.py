@@ -201,17 +201,21 @@ def test_a_memory_that_kills_every_cell_is_lost_once(
     assert held(decoder)[0] == (0, 7)
 
 
+@pytest.mark.parametrize("writable", [True, False])
 def test_a_memory_that_is_lost_in_the_middle_of_a_decode(
-    tiny: Path, make: Open, dose: Dose, tmp_path: Path
+    writable: bool, tiny: Path, make: Open, store: Store, dose: Dose, tmp_path: Path
 ) -> None:
+    if not writable:
+        store.directory.write_text("in the way")
     now = tmp_path / "now"
     dose(Poison(token=42, after=str(now)))
     decoder = make(tiny, spares=0)
     say(decoder, 1, 42)
     now.touch()
     kill(decoder)
-    with pytest.raises(MemoryLostError):
+    with pytest.raises(MemoryLostError) as caught:
         say(decoder, 0, *WORDS)
+    assert (str(store.directory) in str(caught.value)) is writable
     assert held(decoder) == [(-1, -1)] * 4
     assert say(decoder, 0, *WORDS).shape == (128,)
 
