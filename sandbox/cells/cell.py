@@ -289,7 +289,13 @@ class Cell:
         Raises:
             OSError: There is no descriptor left.
         """
-        return [os.dup(self._process.pidfd), os.dup(self._process.lines.fault_fd)]
+        with contextlib.ExitStack() as stack:
+            copies = []
+            for fd in (self._process.pidfd, self._process.lines.fault_fd):
+                copies.append(os.dup(fd))
+                stack.callback(os.close, copies[-1])  # if there is none left for the next
+            stack.pop_all()
+        return copies
 
     def condemn(self, kind: Exit, why: str) -> CellDied:
         """Give up a cell that answered, but not as it should; returns the error to raise."""

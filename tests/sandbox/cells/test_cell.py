@@ -24,6 +24,7 @@ from crumplezone.sandbox.autopsy.release import named_fault
 from crumplezone.sandbox.cells.cell import Cell
 from tests.support.decoders import descriptors, opened_since
 from tests.support.processes.cells import die, spec
+from tests.support.processes.constrained import descriptors_used_up
 from tests.support.services.stunts import Echo, Info, Stunt
 
 
@@ -246,3 +247,12 @@ def test_info_is_typed() -> None:
     assert cell.info(Info).pid == cell.pid
     with pytest.raises(CellDied):
         cell.info(Echo)
+
+
+def test_a_watch_for_which_there_is_no_room_leaves_nothing() -> None:
+    cell = Cell(spec())
+    before = descriptors()
+    with descriptors_used_up(but=1), pytest.raises(OSError, match="Too many open files"):
+        cell.watch()
+    assert opened_since(before) == []
+    cell.close()
