@@ -116,7 +116,8 @@ class Errands:
     def _see_to_it(self) -> None:
         """Have somebody do what there is: a thread, or else the calling one."""
         with self._change:
-            if self._doer or not self._tasks:
+            # One without an id has not begun: an interrupt may have come before its start.
+            if not self._tasks or (self._doer and self._doer.ident):
                 return
             # A daemon: nobody waits for it for ever when the interpreter ends.
             self._doer = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -157,6 +158,8 @@ class Errands:
     def _next(self, linger: float | None) -> tuple[int, Task] | None:
         """The next task; None: there is none, and the calling thread does them no more."""
         with self._change:
+            if not self.mine:  # it began late, and another one was taken for it
+                return None
             idle = time.monotonic() + (linger or 0.0)
             while not self._tasks:
                 now = time.monotonic()

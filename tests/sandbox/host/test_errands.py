@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import FrameType
 
 import pytest
 
@@ -71,6 +73,34 @@ def test_who_waits_is_told_when_it_takes_too_long(errands: Errands) -> None:
     assert not errands.wait(0.01)
     go.set()
     assert errands.wait(BOUND)
+
+
+class Interrupt(Exception):
+    """What a signal handler raises."""
+
+
+def test_an_interrupt_at_the_start_of_the_thread_costs_no_task(errands: Errands) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of handlers
+        raise Interrupt
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is threading.Thread.start.__code__:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGUSR1)
+
+    done: list[int] = []
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    sys.setprofile(look)
+    try:
+        with pytest.raises(Interrupt):
+            errands.put(lambda: done.append(1))
+    finally:
+        sys.setprofile(None)
+        signal.signal(signal.SIGUSR1, before)
+    assert errands.wait(BOUND)
+    errands.put(lambda: done.append(2))
+    assert errands.wait(BOUND)
+    assert done == [1, 2]
 
 
 def keep(errands: Errands, seconds: float, task: Callable[[], object]) -> None:
