@@ -54,8 +54,12 @@ class _Loggers:
     """Those that cells log by. Logging keeps each for ever, and one for each dot in its name."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._left = _NAMES_MAX
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """In a fork, where the drain that held it does not run."""
+        self._lock = threading.Lock()
 
     def named(self, name: str) -> logging.Logger:
         """The logger of this name; this module's if there would be too many then that only cells use."""
@@ -71,6 +75,7 @@ class _Loggers:
 
 
 _loggers = _Loggers()
+os.register_at_fork(after_in_child=_loggers.renew_lock)
 
 
 class OutputTail:

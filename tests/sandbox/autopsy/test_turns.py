@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,9 +19,9 @@ from crumplezone.reports.records.report import Evidence, Exit, Fault, Frame, Thr
 from crumplezone.reports.store.storm import FULL_PER_HOUR
 from crumplezone.sandbox.autopsy import autopsy
 from crumplezone.sandbox.autopsy.incident import Incident
-from crumplezone.sandbox.autopsy.turns import FAMILIAR, TURNS, Familiar, Turns, crash_key
+from crumplezone.sandbox.autopsy.turns import TURNS, Familiar, Turns, crash_key
 from crumplezone.sandbox.cells.cell import Cell
-from tests.support.decoders import descriptors, fork
+from tests.support.decoders import descriptors
 from tests.support.processes.cells import die, spec
 from tests.support.processes.constrained import descriptors_used_up
 from tests.support.services.stunts import Echo, Stunt
@@ -216,16 +215,6 @@ def test_a_crash_is_known_again_by_where_it_was_called_from() -> None:
     assert crash_key(FAULT, crashed("0x1")) is None
     assert crash_key(FAULT, []) is None
     assert crash_key(None, crashed("0x1", "0x2")) is None
-
-
-def test_a_fork_waits_for_no_thread_that_it_does_not_have() -> None:
-    with FAMILIAR._lock:
-        pid = fork()
-        if not pid:
-            signal.alarm(BOUND)
-            FAMILIAR.count((11, "a place"))
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_what_was_taken_often_is_not_taken_again_within_the_hour() -> None:

@@ -7,11 +7,17 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from crumplezone.sandbox.autopsy.turns import FAMILIAR
+from crumplezone.sandbox.process import drain
 from crumplezone.sandbox.process.lines import forks_wait
 from tests.support.decoders import fork, wait_for_end
+
+_END = 10  # seconds
 
 SUPERVISOR = """
 import signal, sys, threading
@@ -101,3 +107,31 @@ def test_a_thread_that_may_not_be_forked_may_fork_itself() -> None:
         if not pid:
             os._exit(0)
     assert os.waitpid(pid, 0) == (pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("keeper", "work"),
+    [
+        (FAMILIAR, lambda: FAMILIAR.count((signal.SIGSEGV, "a place"))),
+        (drain._loggers, lambda: drain._loggers.named("a.name")),
+    ],
+)
+def test_a_fork_waits_for_no_thread_that_it_does_not_have(keeper: Any, work: Callable[[], object]) -> None:
+    held, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with keeper._lock:
+            held.set()
+            end.wait(_END)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(_END)
+    pid = fork()
+    if not pid:
+        signal.alarm(_END)
+        work()
+        os._exit(0)
+    end.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
