@@ -186,6 +186,7 @@ class Zygote:
             return None
         except CellDied as died:
             if self._closed:
+                Incident.of(died).evidence.result()  # `stop` has killed it: it is reaped now
                 raise UsageError("this zygote was closed while it started") from died
             raise
         finally:
