@@ -249,9 +249,8 @@ def _look_closely(death: Death, seen: _Seen, *, in_haste: str) -> None:
     if not refusal:
         with TURNS.turn() as refusal:
             if not refusal:
+                FAMILIAR.count(key)  # whatever comes of it: what fails at one crash fails at its equals
                 _unwind(death, seen)
-                if seen.stacks:
-                    FAMILIAR.count(key)
     if refusal:
         death.steps.append(Step("stacks (pystack)", ok=False, detail=f"left out: {refusal}"))
 

@@ -130,7 +130,7 @@ class Turns:
 
 
 class Familiar:
-    """Crashes whose stacks were taken often enough. A storm of equal crashes teaches nothing new.
+    """Crashes for whose stacks a helper was started often enough. A storm of them teaches nothing new.
 
     Args:
         clock: Seconds that never go back.
@@ -145,10 +145,10 @@ class Familiar:
         with self._lock:
             times = self._seen.get(key, deque()) if key else deque[float]()
             known = len(times) == FULL_PER_HOUR and self._clock() - times[0] < _HOUR
-        return f"those of {FULL_PER_HOUR} crashes at this place were taken within the hour" if known else ""
+        return f"it was started for {FULL_PER_HOUR} crashes at this place within the hour" if known else ""
 
     def count(self, key: _Key | None) -> None:
-        """They were taken once more."""
+        """One is started once more."""
         if key:
             with self._lock:
                 times = self._seen.pop(key, deque(maxlen=FULL_PER_HOUR))  # drops the oldest one
@@ -160,7 +160,7 @@ class Familiar:
     def forget(self) -> None:
         """Know none of them any more: also in a fork, where who held the lock does not run."""
         self._lock = threading.Lock()
-        self._seen: dict[_Key, deque[float]] = {}  # when they were taken; least recently taken first
+        self._seen: dict[_Key, deque[float]] = {}  # when it was started; least recently first
 
 
 def crash_key(fault: Fault | None, threads: Sequence[Thread]) -> _Key | None:

@@ -24,6 +24,7 @@ from crumplezone.sandbox.cells.cell import Cell
 from tests.support.decoders import descriptors
 from tests.support.processes.cells import die, spec
 from tests.support.processes.constrained import descriptors_used_up
+from tests.support.processes.helpers import Helper, at_birth
 from tests.support.services.stunts import Echo, Stunt
 
 BOUND = 30  # seconds for anything
@@ -235,6 +236,22 @@ def test_what_was_taken_often_is_not_taken_again_within_the_hour() -> None:
     familiar.forget()
     familiar.count(None)
     assert familiar._seen == {}
+
+
+def test_a_helper_that_fails_is_not_started_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Helper] = []
+
+    def kill(helper: Helper) -> None:
+        started.append(helper)
+        helper.kill()
+
+    at_birth(monkeypatch, kill)
+    for _ in range(FULL_PER_HOUR):
+        assert "ended with -9" in left_out(die("segv"))
+    before = len(started)
+    assert before >= FULL_PER_HOUR
+    assert "within the hour" in left_out(die("segv"))
+    assert len(started) == before
 
 
 STORM = """
