@@ -42,9 +42,10 @@ class Errands:
 
     def reset(self) -> None:
         """Forget all of it: in a fork, where the thread does not run."""
-        self._change = (
-            threading.Condition()
-        )  # of an RLock: the collector may give a task in the middle of this
+        # The collector may give a task in the middle of this. Taken itself, not by the condition: between that
+        # and the block a signal handler could raise, and nobody would ever release it.
+        self._lock = threading.RLock()
+        self._change = threading.Condition(self._lock)
         self._tasks: deque[tuple[int, Task]] = deque()
         self._kept: deque[tuple[float, Task]] = deque()  # and when they are due
         self._given = self.done = 0
@@ -64,26 +65,26 @@ class Errands:
 
     def put(self, task: Task) -> None:
         """Have it done. What it raises is dropped."""
-        with self._change:
+        with self._lock:
             self._append(task)
         self._see_to_it()
 
     def keep(self, task: Task, seconds: float) -> None:
         """From a task: have another done in so long, always the same; by `hurry` at once."""
-        with self._change:
+        with self._lock:
             self._kept.append((time.monotonic() + seconds, task))
             self._change.notify_all()
 
     def hurry(self) -> None:
         """What is kept is done now."""
-        with self._change:
+        with self._lock:
             while self._kept:
                 self._append(self._kept.popleft()[1])
         self._see_to_it()
 
     def drop(self) -> None:
         """What is kept is not done any more."""
-        with self._change:
+        with self._lock:
             self._kept.clear()
             self._change.notify_all()
 
@@ -95,7 +96,7 @@ class Errands:
         if self.mine:
             return False
         self._see_to_it()
-        with self._change:
+        with self._lock:
             last = self._given
             return self._change.wait_for(lambda: all(number > last for number in self._left), seconds)
 
@@ -109,33 +110,46 @@ class Errands:
 
     def _append(self, task: Task) -> None:
         self._given += 1
-        self._left.add(self._given)
         self._tasks.append((self._given, task))
+        self._left.add(self._given)  # an interrupt between them: nobody waits for no task
         self._change.notify_all()
 
     def _see_to_it(self) -> None:
         """Have somebody do what there is: a thread, or else the calling one."""
-        with self._change:
-            # One without an id has not begun: an interrupt may have come before its start.
-            if not self._tasks or (self._doer and self._doer.ident):
-                return
-            # A daemon: nobody waits for it for ever when the interpreter ends.
-            self._doer = threading.Thread(target=self._run, name=self._name, daemon=True)
-            try:
-                if sys.is_finalizing():  # it would end before it could say that it has begun
-                    raise RuntimeError
-                self._doer.start()
-            except (RuntimeError, MemoryError):
-                self._doer = threading.current_thread()
-            else:
-                self._latest = self._doer
-                return
-        self._work(None)
+        mine = False
+        try:
+            with self._lock:
+                if self._doer or not self._tasks:
+                    return
+                me = threading.current_thread()
+                # A daemon: nobody waits for it for ever when the interpreter ends.
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._doer = thread
+                try:
+                    if sys.is_finalizing():  # it would end before it could say that it has begun
+                        raise RuntimeError
+                    thread.start()
+                except (RuntimeError, MemoryError):
+                    self._doer, mine = me, True
+                except BaseException:  # an interrupt: if it has begun, it sees that it is not to
+                    self._doer = None
+                    raise
+                else:
+                    self._latest = thread
+                    return
+            self._work(None)
+        except BaseException:
+            if mine:
+                self._doer = None
+            raise
 
     def _run(self) -> None:
         serve()
         with contextlib.suppress(BaseException):  # a task may want to end its thread
-            self._work(self._linger)
+            with self._lock:
+                wanted = self._doer is threading.current_thread()
+            if wanted:
+                self._work(self._linger)
         self._see_to_it()
 
     def _work(self, linger: float | None) -> None:
@@ -147,7 +161,7 @@ class Errands:
                 except Exception:  # noqa: BLE001, S110 - it told of it; the next one is another matter
                     pass
                 finally:
-                    with self._change:
+                    with self._lock:
                         self.done += 1
                         self._left.discard(task[0])
                         self._change.notify_all()
@@ -157,7 +171,7 @@ class Errands:
 
     def _next(self, linger: float | None) -> tuple[int, Task] | None:
         """The next task; None: there is none, and the calling thread does them no more."""
-        with self._change:
+        with self._lock:
             if not self.mine:  # it began late, and another one was taken for it
                 return None
             idle = time.monotonic() + (linger or 0.0)

@@ -25,6 +25,7 @@ class Queue:
     def __init__(self, lanes: int) -> None:
         self._lanes = lanes
         self._jobs: deque[Job] = deque()
+        # Taken itself, not by the condition: a signal handler could come between that and the block.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._open = True
@@ -38,7 +39,7 @@ class Queue:
         Raises:
             UsageError: It was killed.
         """
-        with self._lock:  # not the condition: a signal handler could come between taking it and this block
+        with self._lock:
             if self.killed:
                 raise UsageError(_CLOSED)
             if not self._open:
@@ -71,7 +72,7 @@ class Queue:
         Returns:
             None if there will be no more.
         """
-        with self._changed:
+        with self._lock:
             while True:
                 while self._jobs and drop(self._jobs[0]):
                     self._jobs.popleft()
@@ -83,13 +84,13 @@ class Queue:
 
     def close(self) -> None:
         """Take no more jobs; lanes end when those that there are have been done."""
-        with self._changed:
+        with self._lock:
             self._open = False
             self._changed.notify_all()
 
     def kill(self, error: CrumplezoneError | None = None) -> None:
         """Fail what waits, and what will; lanes end as soon as they look."""
-        with self._changed:
+        with self._lock:
             self._open, self.killed = False, True
             jobs, self._jobs = self._jobs, deque()
             self._changed.notify_all()

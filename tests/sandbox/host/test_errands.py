@@ -17,6 +17,7 @@ from types import FrameType
 import pytest
 
 from crumplezone.sandbox.host.errands import DELIVERY, BesideLog, Errands
+from tests.support.interrupts import interrupted_behind
 from tests.support.processes.constrained import on_x86_64
 
 BOUND = 30  # seconds for anything
@@ -240,3 +241,20 @@ def test_the_lines_that_wait_have_a_bound(stuck: Stuck) -> None:
     assert DELIVERY.put(record, 2)
     assert stuck.here.wait(BOUND)
     assert [DELIVERY.put(record, 2) for _ in range(3)] == [True, True, False]
+
+
+def test_an_interrupt_anywhere_holds_up_nobody_else(errands: Errands) -> None:
+    def give_and_wait() -> None:
+        errands.put(lambda: None)
+        errands.hurry()
+        errands.wait(BOUND)
+
+    kept: list[BaseException] = []
+    while error := interrupted_behind(len(kept), give_and_wait):
+        kept.append(error)
+        done = threading.Event()
+        other = threading.Thread(target=lambda done=done: errands.put(done.set), daemon=True)
+        other.start()
+        assert done.wait(BOUND), f"after an interrupt: {error}"
+        other.join(BOUND)
+    assert len(kept) > 20
