@@ -30,7 +30,7 @@ from crumplezone.workers.batch.results import Result
 from crumplezone.workers.batch.validate import Level, MemoryState, validate
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells, Start
-from crumplezone.workers.cells.turn import Turn
+from crumplezone.workers.cells.turn import Turn, in_turn
 from crumplezone.workers.embed.embedder import Embedder, Embeddings
 from crumplezone.workers.generate.complete import complete, in_order, wrong
 from crumplezone.workers.generate.completion import Completion
@@ -178,6 +178,7 @@ class Decoder:
             "spares": [pid for pids in spares for pid in pids],
         }
 
+    @in_turn
     def tokenize(self, text: str) -> npt.NDArray[np.int32]:
         """Token ids of a text, int32, shape (n,), with the model's special tokens.
 
@@ -187,25 +188,23 @@ class Decoder:
         """
         if not isinstance(text, str):
             raise InputError("text", text, "must be a str")
-        with self._turn():
-            deaths = Deaths()
-            while True:
-                try:
-                    return self._native.tokenize(text)
-                except CellDied as died:
-                    again, config = deaths.again(died), self._native.config
-                    result = "it was asked again in a new cell" if again else "the tokenizer failed"
-                    self._reporter.file_lone(
-                        Incident.of(died), "tokenize", result, config, self._native.known
-                    )
-                    if not again:
-                        raise
+        deaths = Deaths()
+        while True:
+            try:
+                return self._native.tokenize(text)
+            except CellDied as died:
+                again, config = deaths.again(died), self._native.config
+                result = "it was asked again in a new cell" if again else "the tokenizer failed"
+                self._reporter.file_lone(Incident.of(died), "tokenize", result, config, self._native.known)
+                if not again:
+                    raise
 
     @property
     def memory(self) -> Memory:
         """What is held of each sequence: it survives crashes."""
         return Memory(self._session, self._turn)
 
+    @in_turn
     def decode(self, batch: Batch | object, *, embeddings: bool = False, level: Level = "strict") -> Result:
         """Append a batch to the memory of its sequences.
 
@@ -221,13 +220,13 @@ class Decoder:
             BatchError: The native rung failed and ``safe_fallback`` is off.
             MemoryLostError: After a crash, no new cell could be given the memory.
         """
-        with self._turn():
-            columns = self._columns(batch, level)
-            held = MemoryState(self._session.pos_min, self._session.pos_max)
-            room = capacity(self._native.info, self._native.config, embeddings=embeddings)
-            validate(columns, room, held, level)
-            return self._ladder.decode(columns, DecodeOptions(embeddings=embeddings))
+        columns = self._columns(batch, level)
+        held = MemoryState(self._session.pos_min, self._session.pos_max)
+        room = capacity(self._native.info, self._native.config, embeddings=embeddings)
+        validate(columns, room, held, level)
+        return self._ladder.decode(columns, DecodeOptions(embeddings=embeddings))
 
+    @in_turn
     def encode(self, batch: Batch | Columns) -> Result:
         """Hidden states of every token of a batch, from `llama_encode` if the model has an encoder.
 
@@ -239,7 +238,7 @@ class Decoder:
             InputError: The batch does not fit the model or the context.
             BatchError: The native rung failed and ``safe_fallback`` is off.
         """
-        with self._turn(), self._session.scratch():
+        with self._session.scratch():
             info, config = self._native.info, self._native.config
             columns = batch if isinstance(batch, Columns) else batch.columns()
             columns = dataclasses.replace(columns, outputs=np.ones(len(columns), np.bool_))
@@ -247,6 +246,7 @@ class Decoder:
             validate(columns, room, MemoryState.empty(config.n_seq_max), encode=info.has_encoder)
             return self._ladder.encode(columns, DecodeOptions(logits=False, embeddings=True, encode=True))
 
+    @in_turn
     def embed(
         self, texts: Iterable[str], *, pooling: str | None = None, normalize: bool = True
     ) -> Embeddings:
@@ -261,19 +261,19 @@ class Decoder:
             InputError: A text is no text, empty or too long, or the model cannot pool like this.
             ModelError: No cell can be had.
         """
-        with self._turn():
-            if self._embedder is None:
-                cells = self._cells
-                self._embedder = Embedder(
-                    self._native.config,
-                    cells.limits,
-                    cells.reporter,
-                    zygote=cells.zygote,
-                    spares=cells.spares,
-                )
-                self._turn.check_open()  # or nobody would close this one
-            return self._embedder.embed(texts, pooling=pooling, normalize=normalize)
+        if self._embedder is None:
+            cells = self._cells
+            self._embedder = Embedder(
+                self._native.config,
+                cells.limits,
+                cells.reporter,
+                zygote=cells.zygote,
+                spares=cells.spares,
+            )
+            self._turn.check_open()  # or nobody would close this one
+        return self._embedder.embed(texts, pooling=pooling, normalize=normalize)
 
+    @in_turn
     def resize(self, *, n_ctx: int | None = None, n_seq_max: int | None = None) -> None:
         """Change the context without loading the model again. What the memory holds goes over.
 
@@ -285,17 +285,17 @@ class Decoder:
             InputError: A value is out of range, or too small for what the memory holds.
             ModelError: No such context can be made.
         """
-        with self._turn():
-            config = self._native.config
-            given = {"n_ctx": n_ctx, "n_seq_max": n_seq_max}
-            sizes = {name: size for name, size in given.items() if size is not None}
-            changed = configure(config.model, **config.parameters() | sizes)
-            self._session.resize(changed.n_ctx, changed.n_seq_max)
-            self._plan = dataclasses.replace(self._plan, config=self._native.config)
-            embedder, self._embedder = self._embedder, None
-            if embedder:
-                embedder.close()
+        config = self._native.config
+        given = {"n_ctx": n_ctx, "n_seq_max": n_seq_max}
+        sizes = {name: size for name, size in given.items() if size is not None}
+        changed = configure(config.model, **config.parameters() | sizes)
+        self._session.resize(changed.n_ctx, changed.n_seq_max)
+        self._plan = dataclasses.replace(self._plan, config=self._native.config)
+        embedder, self._embedder = self._embedder, None
+        if embedder:
+            embedder.close()
 
+    @in_turn
     def set_adapters(
         self,
         lora: Mapping[str | Path, float] | None = None,
@@ -312,9 +312,8 @@ class Decoder:
         Raises:
             InputError: A file is no adapter of this model, or a value is out of range. Nothing is changed.
         """
-        with self._turn():
-            self._session.adapt(Adapters.checked(lora or {}, control, layers, self._native.info.n_embd))
-            self._plan = dataclasses.replace(self._plan, adapters=self._session.adapters)
+        self._session.adapt(Adapters.checked(lora or {}, control, layers, self._native.info.n_embd))
+        self._plan = dataclasses.replace(self._plan, adapters=self._session.adapters)
 
     def submit(self, batch: Batch | object, *, embeddings: bool = False) -> Future[Result]:
         """Decode a batch from empty memory in the next free worker; the decoder's own memory is not used.

@@ -42,8 +42,8 @@ class Errands:
 
     def reset(self) -> None:
         """Forget all of it: in a fork, where the thread does not run."""
-        # The collector may give a task in the middle of this. Taken itself, not by the condition: between that
-        # and the block a signal handler could raise, and nobody would ever release it.
+        # The collector may give a task in the middle of this. Taken itself, not by the condition: between
+        # that and the block a signal handler could raise, and nobody would ever release it.
         self._lock = threading.RLock()
         self._change = threading.Condition(self._lock)
         self._tasks: deque[tuple[int, Task]] = deque()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from crumplezone.errors import UsageError
 from crumplezone.sandbox.host.threads import Task, caller, serves
 
 _LOOK = 0.05  # seconds between looks whether a call of another thread was broken off
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _OWN = 5.0  # seconds that a signal handler waits: what it has interrupted may hold what closing needs
 
 
@@ -38,21 +42,22 @@ class Turn:
         self._closing = Task[None]()
         self.closed = False
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Take it for the length of a call.
+    def run(self, work: Callable[[], _T]) -> _T:
+        """Take it for the length of a call, and make that.
+
+        All of it is in one function: between a context manager's methods and its block, a signal handler may
+        raise, and whoever keeps that error would keep the turn.
 
         Raises:
             UsageError: It is closed, or this thread has it.
         """
         self.check()
         me = caller()
-        # A lock itself: between taking it and the block runs no signal handler, as it may in an __enter__.
-        with self._lock:
+        with self._lock:  # itself: no signal handler runs between taking it and the block
             self._thread = me
             try:
                 self.check_open()
-                yield
+                done = work()
             except Exception as error:
                 if self.broken:
                     raise self._ended() from error
@@ -61,6 +66,7 @@ class Turn:
                 self._thread = 0
         if self.broken:
             raise self._ended()
+        return done
 
     def check(self) -> None:
         """Raise `UsageError` unless this thread may take it, or wait for it."""
@@ -127,3 +133,21 @@ class Turn:
 
     def _ended(self) -> UsageError:
         return UsageError(f"this {self._what} was closed in the middle of this call")
+
+
+class _TakesTurns(Protocol):
+    @property
+    def _turn(self) -> Turn: ...
+
+
+_Self = TypeVar("_Self", bound=_TakesTurns)
+
+
+def in_turn(method: Callable[Concatenate[_Self, _P], _T]) -> Callable[Concatenate[_Self, _P], _T]:
+    """A method that has the turn while it runs."""
+
+    @functools.wraps(method)
+    def call(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return self._turn.run(lambda: method(self, *args, **kwargs))
+
+    return call

@@ -15,7 +15,7 @@ from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.results import Result
 from crumplezone.workers.batch.validate import MemoryState, validate
 from crumplezone.workers.cells.factory import Cells, Start
-from crumplezone.workers.cells.turn import Turn
+from crumplezone.workers.cells.turn import Turn, in_turn
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.calls import SingleCall
@@ -68,6 +68,7 @@ class SafeBatchProcessor:
             self._cells.decode_client(self._config, "SafeBatchProcessor"), self._reporter
         )
 
+    @in_turn
     def decode(self, batch: Batch, *, embeddings: bool = False) -> Result:
         """Decode each sequence from empty memory; a sequence that crashes alone fails alone.
 
@@ -76,8 +77,7 @@ class SafeBatchProcessor:
             ModelError: The model could not be loaded.
             UsageError: It is closed, or this thread is in the middle of another call.
         """
-        with self._turn():
-            return self._decode(batch, embeddings=embeddings)
+        return self._decode(batch, embeddings=embeddings)
 
     def _decode(self, batch: Batch, *, embeddings: bool) -> Result:
         client = self._safe_rungs.client

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import numpy as np
 import numpy.typing as npt
 
 from crumplezone.errors import InputError, check_integer
 from crumplezone.workers.batch.columns import Int32
+from crumplezone.workers.cells.turn import Turn, in_turn
 from crumplezone.workers.memory.journal import ALL, within
 from crumplezone.workers.memory.session import MemorySession
 from crumplezone.workers.protocol.config import INT32_MAX
@@ -26,30 +24,31 @@ class Memory:
         turn: Taken around every call, so that threads do not interleave.
     """
 
-    def __init__(self, session: MemorySession, turn: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, session: MemorySession, turn: Turn) -> None:
         self._session, self._turn = session, turn
 
     @property
+    @in_turn
     def next_positions(self) -> Int32:
         """Where each sequence goes on: int32, shape (n_seq_max,)."""
-        with self._turn():
-            return self._session.pos_max + 1
+        return self._session.pos_max + 1
 
+    @in_turn
     def pos_min(self, seq_id: int) -> int:
         """The smallest position of a sequence, -1 if it is empty."""
-        with self._turn():
-            return int(self._session.pos_min[self._sequence("seq_id", seq_id)])
+        return int(self._session.pos_min[self._sequence("seq_id", seq_id)])
 
+    @in_turn
     def pos_max(self, seq_id: int) -> int:
         """The largest position of a sequence, -1 if it is empty."""
-        with self._turn():
-            return int(self._session.pos_max[self._sequence("seq_id", seq_id)])
+        return int(self._session.pos_max[self._sequence("seq_id", seq_id)])
 
+    @in_turn
     def clear(self) -> None:
         """Remove every sequence."""
-        with self._turn():
-            self._session.clear()
+        self._session.clear()
 
+    @in_turn
     def remove(self, seq_id: int, begin: int = ALL, end: int = ALL) -> bool:
         """Remove positions of a sequence.
 
@@ -59,10 +58,10 @@ class Memory:
         Raises:
             InputError: A value is out of range.
         """
-        with self._turn():
-            self._range(begin, end)
-            return self._session.remove(self._sequence("seq_id", seq_id), int(begin), int(end))
+        self._range(begin, end)
+        return self._session.remove(self._sequence("seq_id", seq_id), int(begin), int(end))
 
+    @in_turn
     def copy(self, source: int, target: int) -> None:
         """Let everything of one sequence belong to another too; what that one held is gone.
 
@@ -71,23 +70,23 @@ class Memory:
         Raises:
             InputError: A value is out of range.
         """
-        with self._turn():
-            source, target = self._sequence("source", source), self._sequence("target", target)
-            if source == target:
-                raise InputError("target", target, "must be another sequence than the source")
-            self._session.remove(target, ALL, ALL)
-            if self._session.pos_max[source] >= 0:
-                self._session.copy(source, target, ALL, ALL)
+        source, target = self._sequence("source", source), self._sequence("target", target)
+        if source == target:
+            raise InputError("target", target, "must be another sequence than the source")
+        self._session.remove(target, ALL, ALL)
+        if self._session.pos_max[source] >= 0:
+            self._session.copy(source, target, ALL, ALL)
 
+    @in_turn
     def keep(self, seq_id: int) -> None:
         """Remove every other sequence.
 
         Raises:
             InputError: The id is out of range.
         """
-        with self._turn():
-            self._session.keep(self._sequence("seq_id", seq_id))
+        self._session.keep(self._sequence("seq_id", seq_id))
 
+    @in_turn
     def shift(self, seq_id: int, begin: int, end: int, delta: int) -> bool:
         """Move positions of a sequence; remove first what lies where they go.
 
@@ -97,23 +96,23 @@ class Memory:
         Raises:
             InputError: A value is out of range, or positions would be negative or double.
         """
-        with self._turn():
-            seq_id = self._sequence("seq_id", seq_id)
-            self._range(begin, end)
-            check_integer("delta", delta, -INT32_MAX, INT32_MAX)
-            held = self._session.journal.positions(seq_id)
-            self._check_shift(held, within(held, begin, end), int(delta))
-            return self._session.shift(seq_id, int(begin), int(end), int(delta))
+        seq_id = self._sequence("seq_id", seq_id)
+        self._range(begin, end)
+        check_integer("delta", delta, -INT32_MAX, INT32_MAX)
+        held = self._session.journal.positions(seq_id)
+        self._check_shift(held, within(held, begin, end), int(delta))
+        return self._session.shift(seq_id, int(begin), int(end), int(delta))
 
+    @in_turn
     def save(self, seq_id: int) -> bytes:
         """The state of a sequence, for `load` into a decoder with the same model and context.
 
         Raises:
             InputError: The id is out of range.
         """
-        with self._turn():
-            return self._session.save(self._sequence("seq_id", seq_id))
+        return self._session.save(self._sequence("seq_id", seq_id))
 
+    @in_turn
     def load(self, seq_id: int, state: bytes) -> None:
         """Replace a sequence by a saved state.
 
@@ -121,13 +120,12 @@ class Memory:
             InputError: The id is out of range, or llama.cpp does not accept the state; the sequence is then
                 empty.
         """
-        with self._turn():
-            seq_id = self._sequence("seq_id", seq_id)
-            if not isinstance(state, bytes) or not state:
-                raise InputError("state", type(state).__name__, "must be the bytes that save() gave")
-            if not self._session.load(seq_id, state):
-                limit = "is no state of this model and context, or cut short; the sequence is empty now"
-                raise InputError("state", f"{len(state)} bytes", limit)
+        seq_id = self._sequence("seq_id", seq_id)
+        if not isinstance(state, bytes) or not state:
+            raise InputError("state", type(state).__name__, "must be the bytes that save() gave")
+        if not self._session.load(seq_id, state):
+            limit = "is no state of this model and context, or cut short; the sequence is empty now"
+            raise InputError("state", f"{len(state)} bytes", limit)
 
     def _sequence(self, field: str, seq_id: int) -> int:
         n_seq_max = len(self._session.pos_max)

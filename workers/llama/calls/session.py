@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 from crumplezone.errors import UsageError
@@ -111,8 +112,8 @@ class Session:
             kind: Decodes its value.
         """
         self._check()
-        with self._turn.passing(), self._lock.of(task), self._turn():
-            return self.runner.call(task, kind)
+        with self._turn.passing():
+            return self._lock.run(task, lambda: self._turn.run(lambda: self.runner.call(task, kind)))
 
     def query(self, task: Task, kind: Decode) -> Any:
         """Run a task that changes nothing, even while another is suspended or asks."""
@@ -121,14 +122,13 @@ class Session:
         if callbacks.running and self._turn.mine():  # one of the caller's has asked
             with callbacks.asking():
                 return self.runner.query(task, kind, asked=True)
-        with self._turn():
-            return self.runner.query(task, kind)
+        return self._turn.run(lambda: self.runner.query(task, kind))
 
     def open(self, task: Task) -> None:
         """Make the iterator of a task now, for the errors that its making has."""
         self._check()
-        with self._turn.passing(), self._lock.of(task), self._turn():
-            self.runner.open(task)
+        with self._turn.passing():
+            self._lock.run(task, lambda: self._turn.run(lambda: self.runner.open(task)))
 
     def stream(self, task: Task, kind: Decode) -> Generator[Any, list[int] | None, None]:
         """The items of a task that is an iterator."""
@@ -138,12 +138,12 @@ class Session:
                 self._check()
                 with self._turn.passing():
                     self._lock.take(task)
-                with self._turn():
-                    item = self.runner.pull(task, sent, kind)
+                item = self._turn.run(partial(self.runner.pull, task, sent, kind))
                 if item is END:
                     return
                 sent = yield item
         finally:
+            task.has_turn = False
             with self._turn.passing():
                 self._lock.release(task)
 

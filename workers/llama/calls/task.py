@@ -57,6 +57,7 @@ class Task:
         news: Whether the caller has not yet been told of the latest.
         restored: Whether the cell that has it began with a saved state.
         asked: Questions of that cell.
+        has_turn: See `CallLock`.
     """
 
     method: str
@@ -76,6 +77,7 @@ class Task:
     news: bool = False
     restored: bool = False
     asked: int = 0
+    has_turn: bool = False
     _identity: int = field(default_factory=lambda: SystemRandom().getrandbits(63))
     _created: int = field(default_factory=lambda: int(time.time()))
     _died: list[CellDied] = field(default_factory=list)
