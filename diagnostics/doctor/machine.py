@@ -121,7 +121,7 @@ def store(reports: Path | None) -> Check:
     costs = "every report: what happened is then only logged"
     remedy = "--reports or CRUMPLEZONE_REPORTS with a directory that this user may write"
     try:
-        directory = directory_of(reports, "--reports").absolute()
+        directory = directory_of(reports, "--reports")
         place = next(each for each in (directory, *directory.parents) if os.path.lexists(each))
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b".")

@@ -77,16 +77,13 @@ def default_directory() -> Path:
         ReportError: The user has no home directory.
         InputError: ``$CRUMPLEZONE_REPORTS`` is a URL.
     """
-    try:
-        if chosen := os.environ.get("CRUMPLEZONE_REPORTS"):
-            check_local("$CRUMPLEZONE_REPORTS", chosen)
-            return Path(chosen).expanduser()
-        # The XDG specification says that a relative value is to be ignored.
-        state = Path(os.environ.get("XDG_STATE_HOME", ""))
-        base = state if state.is_absolute() else Path.home() / ".local" / "state"
-    except RuntimeError as error:
-        raise ReportError(f"no place for crash reports ({error}): set CRUMPLEZONE_REPORTS") from error
-    return base / "crumplezone" / "reports"
+    if chosen := os.environ.get("CRUMPLEZONE_REPORTS"):
+        return _placed("$CRUMPLEZONE_REPORTS", chosen)
+    # The XDG specification says that a relative value is to be ignored.
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return _placed(
+        "reports", (state if state.is_absolute() else "~/.local/state") / Path("crumplezone/reports")
+    )
 
 
 def directory_of(reports: str | Path | None, field: str = "reports") -> Path:
@@ -98,12 +95,21 @@ def directory_of(reports: str | Path | None, field: str = "reports") -> Path:
 
     Raises:
         InputError: It is a URL.
-        ReportError: As `default_directory`.
+        ReportError: As `default_directory`; or there is no such place.
     """
-    if not reports:
-        return default_directory()
-    check_local(field, reports)
-    return Path(reports)
+    return _placed(field, reports) if reports else default_directory()
+
+
+def _placed(field: str, path: str | Path) -> Path:
+    """Where that is, wherever this process may go: reports are written long after, and errors name them."""
+    check_local(field, path)
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:  # nobody's home
+        raise ReportError(f"no place for crash reports ({error}): set CRUMPLEZONE_REPORTS") from error
+    except OSError as error:
+        problem = f"{field} is {str(path)!r}, a relative path, and the working directory is gone"
+        raise ReportError(f"{problem}: give an absolute one") from error
 
 
 def new_id(now: datetime) -> str:

@@ -75,7 +75,29 @@ def test_a_path_is_a_store_whatever_its_name(
     path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CRUMPLEZONE_REPORTS", str(tmp_path))
-    assert store.directory_of(path) == (Path(path) if path else tmp_path)
+    assert store.directory_of(path) == (Path(path).absolute() if path else tmp_path)
+
+
+@pytest.mark.parametrize("path", ["~/mine", "~//mine", Path("~/mine"), "mine"])
+def test_a_store_is_where_it_was_named_wherever_the_process_goes(
+    path: str | Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    reports = Store(store.directory_of(path))
+    monkeypatch.chdir("/")
+    assert reports.write(full(), "") == tmp_path / "mine" / ID
+
+
+def test_a_store_that_is_nowhere_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="no place for crash reports"):
+        store.directory_of("~nobody-of-this-name/mine")
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ReportError, match="working directory is gone: give an absolute one"):
+        store.directory_of("mine")
+    assert store.directory_of(tmp_path) == tmp_path
 
 
 def test_new_ids_are_in_utc_differ_and_are_valid(tmp_path: Path) -> None:
