@@ -106,6 +106,7 @@ class Cell:
         self._phase = "start"
         self._process, self._drain = with_room(lambda: _started(spec, start))
         process = self._process
+        self._evidence: Future[Evidence] | None = None  # of its death
         self._closing = Task[None]()
         end = functools.partial(abandon, process, self._drain, self._owner)
         self._finalizer = weakref.finalize(self, self._closing.begin, end, f"close-{process.pid}")
@@ -311,6 +312,9 @@ class Cell:
             end = functools.partial(_end, self._process, self._drain, self._owner)
             self._closing.begin(end, f"close-{self._process.pid}")
             self._closing.result()
+            if self._evidence:  # until that is there, the arena is read for it
+                arena = self.arena
+                self._evidence.add_done_callback(lambda _: arena.release())
 
     def _talk(self, frame: msgspec.Struct, deadline: float | None, fds: Sequence[int] = ()) -> object:
         """`_exchange`; a signal handler may close the cell meanwhile, and may call nothing else of it."""
@@ -380,7 +384,8 @@ class Cell:
                 raise UsageError(_CLOSED)
             why = condemned or self._drain.condemned
             death = autopsy.Death(process, self._drain, self._phase, self._oom_kills, held, why)
-            return autopsy.begin(death)
+            self._evidence = autopsy.begin(death)
+            return self._evidence
 
         if held:  # at once: a second thread that faults would end it
             process.signal(signal.SIGSTOP)

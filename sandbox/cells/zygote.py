@@ -157,6 +157,7 @@ class Zygote:
         if self._closed:
             raise UsageError("this zygote is closed: make a new one")
         if self._line and not self._line.lives():
+            self._line.close()  # its cells refer to it
             self._line = None
             self._deaths, self._died_at = self._deaths + 1, time.monotonic()
             if self._deaths == _DEATHS_MAX:
