@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from crumplezone.errors import ShortageError
 from crumplezone.reports.records.report import Fault, Thread
 from crumplezone.reports.store.storm import FULL_PER_HOUR
 from crumplezone.sandbox.host.scarcity import SCARCE
@@ -174,17 +175,20 @@ def crash_key(fault: Fault | None, threads: Sequence[Thread]) -> _Key | None:
 
 
 def with_room(start: Callable[[], _T]) -> _T:
-    """Start a process. If the system has no descriptor or process left, what holds dead ones gives them up.
+    """Start a process, or have what it needs.
+
+    If the system has no descriptor or process left, what holds dead ones gives them up.
 
     Raises:
-        OSError, RuntimeError: There is none for all that; RuntimeError is of threads.
+        OSError, RuntimeError, ShortageError: There is none for all that; RuntimeError is of threads.
     """
     for _ in range(_TRIES):
         ended = TURNS.ended
         try:
             return start()
-        except (OSError, RuntimeError) as error:
-            scarce = not isinstance(error, OSError) or error.errno in SCARCE
+        except (OSError, RuntimeError, ShortageError) as error:
+            why = error.__cause__ if isinstance(error, ShortageError) else error
+            scarce = isinstance(why, RuntimeError) or (isinstance(why, OSError) and why.errno in SCARCE)
             if not (scarce and TURNS.make_room(ended)):
                 raise
     return start()

@@ -158,7 +158,7 @@ class Cell:
         """
         with self._using_arena():
             self.arena.held()
-            return self.arena.arrays(shapes)
+            return with_room(lambda: self.arena.arrays(shapes))
 
     def reserve(self, shapes: Sequence[Shape]) -> None:
         """Have room for these arrays.
@@ -167,7 +167,7 @@ class Cell:
             ShortageError, CellDied, UsageError: As `arrays`.
         """
         with self._using_arena():
-            self.arena.reserve(shapes)
+            with_room(lambda: self.arena.reserve(shapes))
 
     def taken(self, size: int) -> bytes:
         """What the child has put into the arena, see `Arena.taken`.

