@@ -41,7 +41,7 @@ from crumplezone.workers.protocol.config import CellConfig, CellInfo
 
 _PRUNE_EVERY = 64  # reports
 _KEPT = 2.0  # seconds: who ends our children first, and then us, does so within them
-_EXIT_MAX = 20.0  # seconds for the last reports of a program that ends: an autopsy may take 18
+_EXIT_MAX = 20.0  # seconds for the last reports of a program that ends
 _GOES_ON = "the job goes on"
 _OF_THE_JOB = ("ladder", "result", "blamed", "verdict")
 _OF_THE_CELL = ("context", "model", "environment")
