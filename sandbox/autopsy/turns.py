@@ -187,11 +187,14 @@ def with_room(start: Callable[[], _T]) -> _T:
         try:
             return start()
         except (OSError, RuntimeError, ShortageError) as error:
-            why = error.__cause__ if isinstance(error, ShortageError) else error
-            scarce = isinstance(why, RuntimeError) or (isinstance(why, OSError) and why.errno in SCARCE)
-            if not (scarce and TURNS.make_room(ended)):
+            if not (_is_scarcity(error) and TURNS.make_room(ended)):
                 raise
     return start()
+
+
+def _is_scarcity(error: BaseException) -> bool:
+    why = error.__cause__ if isinstance(error, ShortageError) else error
+    return isinstance(why, RuntimeError) or (isinstance(why, OSError) and why.errno in SCARCE)
 
 
 _CORES = len(os.sched_getaffinity(0))
