@@ -325,6 +325,7 @@ class Cell:
         self._post(frame, fds)
         sock, fault = self._process.lines.sock.fileno(), self._process.lines.fault_fd
         end = None if deadline is None else time.monotonic() + deadline
+        closed = False
         while True:
             left = _LOOK if end is None else min(max(end - time.monotonic(), 0.0), _LOOK)
             ready = dict(self._poller.poll(left * 1000))
@@ -334,7 +335,11 @@ class Cell:
                 except ProtocolError as error:
                     raise self._broken(f"sent a bad frame: {error}") from error
                 except ChannelClosed:
-                    raise self._gone() from None
+                    # Told of below: raised in here, it would be the context of a death that is kept, with all
+                    # the frames of its traceback, and the arena in them.
+                    closed = True
+                if closed:
+                    raise self._gone()
             if ready.get(fault, 0) & select.POLLIN:
                 raise self._lost(held=True)
             if self._process.pidfd in ready or sock in ready:
