@@ -82,8 +82,9 @@ def killed_for_memory(before: dict[str, int], after: dict[str, int]) -> str:
     """The counter that says that a process of ours was killed for memory, or an empty string.
 
     The host's counter is asked only where our cgroup has none: somebody else's process may have been killed.
+    One that could be read at first, and not at last for want of a descriptor, tells nothing.
     """
-    ours = [name for name in after if name != HOST] or [HOST]
+    ours = [name for name in {**before, **after} if name != HOST] or [HOST]
     return next((name for name in ours if after.get(name, 0) > before.get(name, after.get(name, 0))), "")
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crumplezone.reports.records.report import Assertion, Exit
+from crumplezone.reports.records.report import Assertion, Exit, Fault
 from crumplezone.sandbox.autopsy.classify import assertion, classify
+from crumplezone.sandbox.process.cgroup import HOST
 from crumplezone.sandbox.process.procfs import Map, find_map
 from tests.support.services.tricks import perform
 
@@ -51,6 +52,14 @@ def test_an_assertion_that_only_stderr_has() -> None:
 def test_words_of_an_abort_are_none_of_another_end() -> None:
     evidence = perform("os.write(2, b'free(): invalid pointer\\n'); lib.memset(0x18, 1, 1)")
     assert (evidence.exit, evidence.assertion) == (Exit.SIGNAL, None)
+
+
+def test_a_counter_that_cannot_be_read_any_more_is_not_replaced_by_that_of_the_host() -> None:
+    before, after = {"memory.events": 1, HOST: 5}, {HOST: 6}
+    kind, _ = classify(-9, Fault(9, "SIGKILL"), "call", (before, after), pid=1)
+    assert kind is Exit.KILLED
+    kind, _ = classify(-9, Fault(9, "SIGKILL"), "call", ({HOST: 5}, {HOST: 6}), pid=1)
+    assert kind is Exit.OOM
 
 
 def test_a_taken_exit_status_is_an_oom_kill_if_one_was_counted() -> None:
