@@ -129,7 +129,8 @@ class Reporter:
         case = JobRecord(result=result, ended=True)
         case.step("native", Outcome.CRASHED, [], doing)
         crash = self._noted(case, incident, "native", None, config)
-        self._submit(logging.ERROR, self._end_unasked, crash, case)
+        # Not waited for, even where this process ends: this may be the thread whose autopsy it awaits.
+        self._errands.put(partial(_told, logging.ERROR, self._end_unasked, crash, case))
 
     def file_program(self, incident: Incident, command: Sequence[str]) -> str:
         """Report the crash of a program that is no cell; returns where its report will be."""

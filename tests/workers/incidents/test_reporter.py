@@ -25,6 +25,7 @@ from crumplezone.reports.store.storm import FULL_PER_HOUR
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.host.errands import DELIVERY
+from crumplezone.workers.incidents import reporter as module
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.protocol.config import CellConfig
@@ -99,6 +100,7 @@ def test_only_the_exit_is_judged_while_the_job_goes_on(reporter: Reporter, store
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from crumplezone.workers.incidents import reporter as module
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from tests.workers.incidents.test_reporter import BATCH, lose
@@ -201,6 +203,7 @@ def test_bytes_that_are_not_utf8_lose_no_report(
 AFTER_MAIN = """
 import sys, threading
 from pathlib import Path
+from crumplezone.workers.incidents import reporter as module
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from tests.workers.incidents.test_reporter import BATCH, lose
@@ -357,6 +360,28 @@ def test_what_crashed_with_no_job_is_reported_at_once(reporter: Reporter, store:
     assert [row.exit for row in store.rows()] == [Exit.SIGNAL]
 
 
+def test_an_autopsy_that_finds_another_death_as_the_process_ends_does_not_wait_for_itself(
+    reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = threading.Event()
+    monkeypatch.setattr(module, "_ending", ending)
+    first = killed_idle()
+    found = dataclasses.replace(first, evidence=Future())  # its autopsy is under way
+    reporter.file_unasked(found, "in reserve", "another takes its place", CONFIG)
+    ending.set()
+
+    def autopsy() -> None:
+        reporter.file_unasked(killed_idle(), "zygote", "it was started again", CONFIG)
+        found.evidence.set_result(first.evidence.result())
+
+    thread = threading.Thread(target=autopsy, daemon=True)
+    begin = time.monotonic()
+    thread.start()
+    thread.join(30)
+    assert time.monotonic() - begin < module._EXIT_MAX / 2
+    reporter.flush()
+
+
 ENDED = """
 import os, signal, sys, threading
 import psutil
@@ -372,6 +397,11 @@ if how == "children first":
     while decoder.processes["zygote"] in (first, []):  # until it was seen
         os.sched_yield()
     os.kill(os.getpid(), signal.SIGKILL)
+if how == "all at once":  # as systemd does it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for child in psutil.Process().children(recursive=True):
+        child.terminate()
+    os.kill(os.getpid(), signal.SIGTERM)
 again = threading.Event()
 
 def work():
@@ -390,4 +420,10 @@ if how == "in the middle":
 def test_a_process_that_ends_reports_no_kill(how: str, tiny: Path, store: Store) -> None:
     done = run(ENDED, how, tiny, store.directory)
     assert done.returncode == (-9 if how == "children first" else 0), done.stderr
+    assert [report.evidence for report in read_all(store)] == []
+
+
+def test_a_process_that_is_ended_with_its_cells_ends(tiny: Path, store: Store) -> None:
+    done = run(ENDED, "all at once", tiny, store.directory)
+    assert done.returncode == 0, done.stderr
     assert [report.evidence for report in read_all(store)] == []
