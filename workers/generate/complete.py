@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from crumplezone.errors import InputError
 from crumplezone.workers.generate.completion import Completion, failed
-from crumplezone.workers.generate.jobs import Job, PromptJob, Stream, check_waiting
+from crumplezone.workers.generate.jobs import Job, PromptJob, Stream
 from crumplezone.workers.protocol.sampling import Sampling
 
 
@@ -60,7 +60,7 @@ def complete(
             refused = 0
             if waiting:
                 if done.empty():
-                    check_waiting(next(iter(waiting.values())).served_by)
+                    next(iter(waiting.values())).check()
                 del waiting[future := done.get()]
                 yield future.result()
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Container, Iterator
@@ -34,26 +35,37 @@ def check_waiting(servers: Container[int]) -> None:
 
 
 class Awaited(Future[_T]):
-    """A future that refuses to have the thread wait for it that is to do its job.
+    """A future that refuses to have somebody wait for it for ever.
+
+    That is the thread that is to do its job, and a fork of its process: there is nobody to do it.
 
     Attributes:
-        served_by: The threads that may.
+        served_by: The threads that may do it.
     """
 
     served_by: Container[int] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._pid = os.getpid()
+
     def result(self, timeout: float | None = None) -> _T:
         """See `Future`."""
-        self._check()
+        self.check()
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """See `Future`."""
-        self._check()
+        self.check()
         return super().exception(timeout)
 
-    def _check(self) -> None:
-        if not self.done():
+    def check(self) -> None:
+        """Raise `UsageError` where a wait would have no end."""
+        forked = os.getpid() != self._pid
+        # Asked first: `done` takes a lock, and a signal handler may come between taking and releasing it.
+        if (forked or threading.get_ident() in self.served_by) and not self.done():
+            if forked:
+                raise UsageError("this was asked for before a fork: ask for it in this process")
             check_waiting(self.served_by)
 
 
@@ -82,7 +94,7 @@ class Stream(Awaited[Completion]):
             CancelledError: It was cancelled.
         """
         while True:
-            self._check()
+            self.check()
             if (piece := self._pieces.get()) is None:
                 break
             yield piece

@@ -9,7 +9,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from tests.support.decoders import (
     Dose,
     Open,
     assert_equal_logits,
+    fork,
     kill,
     outcome,
     reports_of,
     say,
     sequences,
+    wait_for_end,
 )
 from tests.support.native.decode_poison import Poison
 
@@ -348,3 +350,27 @@ def test_a_context_of_another_size_holds_for_prompts_and_texts(tiny: Path, make:
     decoder.resize(n_ctx=512)
     assert next(decoder.generate(["x" * 300], max_tokens=2)).error is None
     assert decoder.embed(["x" * 300]).errors == {}
+
+
+def test_a_fork_does_not_wait_for_what_its_parent_will_get(tiny: Path, make: Open) -> None:
+    decoder = make(tiny, 2)
+    stream, batch = decoder.submit_prompt("ab", max_tokens=200), decoder.submit(Batch.of([[3, 4]]))
+    waits: list[Callable[[], object]] = [lambda: list(stream), stream.result, batch.result]
+    read, write = os.pipe()
+    if not (pid := fork()):
+        for wait in waits:
+            try:
+                wait()
+            except UsageError as error:
+                os.write(write, b"refused " if "before a fork" in str(error) else b"?")
+        os._exit(0)
+    os.close(write)
+    try:
+        assert wait_for_end(pid, 30)
+        assert os.read(read, 100) == b"refused " * 3
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(read)
+    assert stream.result(30).error is None
+    assert batch.result(30).errors == {}
