@@ -245,7 +245,10 @@ def _look(death: Death, seen: _Seen) -> None:
 def _look_closely(death: Death, seen: _Seen, *, in_haste: str) -> None:
     """What takes a helper, unless that has to be left out."""
     key = crash_key(seen.fault, _threads(seen))
-    refusal = in_haste or FAMILIAR.refusal(key)
+    sent = (
+        "another process sent its signal, which its stacks do not explain" if _was_sent(death, seen) else ""
+    )
+    refusal = in_haste or sent or FAMILIAR.refusal(key)
     if not refusal:
         with TURNS.turn() as refusal:
             if not refusal:
@@ -253,6 +256,11 @@ def _look_closely(death: Death, seen: _Seen, *, in_haste: str) -> None:
                 _unwind(death, seen)
     if refusal:
         death.steps.append(Step("stacks (pystack)", ok=False, detail=f"left out: {refusal}"))
+
+
+def _was_sent(death: Death, seen: _Seen) -> bool:
+    """Whether somebody else sent the signal. Whoever waits to know that does not wait for a helper."""
+    return seen.fault is not None and seen.fault.sender_pid not in {None, death.process.pid}
 
 
 def _unwind(death: Death, seen: _Seen) -> None:

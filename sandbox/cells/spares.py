@@ -215,7 +215,8 @@ class _SpareKeeper:
         serve()
         while not self._closed:
             for cell in self._dismissed():
-                cell.close()
+                with contextlib.suppress(Exception):  # the others are to be closed, too
+                    cell.close()
             while self._wanted() and time.monotonic() >= self._due:
                 self._make()
             self._wait()
