@@ -134,7 +134,8 @@ def test_the_true_status_comes_through_the_zygote(grow: Grow, code: str, kind: E
     deadline = 0.3 if kind == Exit.HANG else 30
     evidence = perform(code, deadline, start=seed.fork, memory_limit=limit)
     assert (evidence.exit, evidence.returncode) == (kind, returncode)
-    assert failed(evidence) == {}
+    held_by_a_stranger = (kind, returncode) == (Exit.KILLED, -signal.SIGSEGV)  # whose stacks tell nothing
+    assert list(failed(evidence)) == ["stacks (pystack)"] * held_by_a_stranger
     assert psutil.Process(seed.pid).children() == []
 
 
