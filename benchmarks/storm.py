@@ -193,6 +193,8 @@ def storm(model: str, seed: int, seconds: float, *, mean: float, prompts: int) -
     print(
         f"seed {seed}: rounds {dict(rounds)}, reports {dict(written)}, {len(problems)} problems", flush=True
     )
+    for problem in problems:
+        print(problem, flush=True)
     return problems
 
 
@@ -255,7 +257,6 @@ def main() -> None:
     problems = []
     for seed in range(given.seed, given.seed + given.seeds):
         problems += storm(given.model, seed, given.seconds, mean=given.mean, prompts=given.prompts)
-    print(*problems, sep="\n")
     sys.exit(bool(problems))
 
 

@@ -12,7 +12,7 @@ KILLS_MAX = 8  # in a row, with nothing done between: what is killed that often 
 _UNCLEAR_MAX = 2  # of starts, likewise
 _HURRIED = 3  # starts; before each that follows there is a pause
 _PAUSE = 0.5  # seconds
-_STARTING = 30.0  # seconds in which starts may be killed as often as it takes: on a busy machine each is long
+_STARTING = 60.0  # seconds in which starts may be killed as often as it takes: on a busy machine each is long
 
 
 def was_killed(died: CellDied) -> bool:
@@ -45,7 +45,7 @@ class Starts:
     """The cells that were lost in a row before they were ready."""
 
     def __init__(self) -> None:
-        self.lost = self._unclear = self._unloaded = 0
+        self.lost = self._killed = self._unclear = 0
         self._began = time.monotonic()
 
     def loader(self, evidence: Evidence) -> bool:
@@ -53,13 +53,17 @@ class Starts:
         return not (_killed(evidence) or _unloaded(evidence) or _unclear(evidence))
 
     def again(self, evidence: Evidence) -> bool:
-        """Note another; whether to start one more, which is now."""
+        """Note another; whether to start one more, which is now.
+
+        Where somebody kills cells, those may be his too of which nobody knows it.
+        """
         self.lost += 1
-        if not _killed(evidence):
-            self._unloaded += _unloaded(evidence)
-            self._unclear += not _unloaded(evidence)
-        worth = self.lost <= KILLS_MAX or time.monotonic() - self._began < _STARTING
-        again = worth and self._unclear <= _UNCLEAR_MAX and self._unloaded <= KILLS_MAX
+        self._killed += _killed(evidence)
+        self._unclear += not (_killed(evidence) or _unloaded(evidence))
+        if self._killed:
+            again = self.lost <= KILLS_MAX or time.monotonic() - self._began < _STARTING
+        else:
+            again = self.lost <= KILLS_MAX and self._unclear <= _UNCLEAR_MAX
         if again and self.lost >= _HURRIED:
             time.sleep(_PAUSE)
         return again
