@@ -36,7 +36,7 @@ from crumplezone.workers.generate.complete import complete, in_order, wrong
 from crumplezone.workers.generate.completion import Completion
 from crumplezone.workers.generate.jobs import BatchJob, Job, PromptJob, Stream
 from crumplezone.workers.generate.pool import Plan, Pool
-from crumplezone.workers.incidents.deaths import Deaths
+from crumplezone.workers.incidents.deaths import retried
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.ladder import Ladder
 from crumplezone.workers.ladder.rungs import SafeRungs
@@ -188,16 +188,13 @@ class Decoder:
         """
         if not isinstance(text, str):
             raise InputError("text", text, "must be a str")
-        deaths = Deaths()
-        while True:
-            try:
-                return self._native.tokenize(text)
-            except CellDied as died:
-                again, config = deaths.again(died), self._native.config
-                result = "it was asked again in a new cell" if again else "the tokenizer failed"
-                self._reporter.file_lone(Incident.of(died), "tokenize", result, config, self._native.known)
-                if not again:
-                    raise
+
+        def tell(died: CellDied, again: bool) -> None:
+            result = "it was asked again in a new cell" if again else "the tokenizer failed"
+            config, info = self._native.config, self._native.known
+            self._reporter.file_lone(Incident.of(died), "tokenize", result, config, info)
+
+        return retried(lambda: self._native.tokenize(text), tell)
 
     @property
     def memory(self) -> Memory:

@@ -14,8 +14,8 @@ from crumplezone.errors import CellRefused, ContextError, CrumplezoneError, Inpu
 from crumplezone.reports.analysis.signature import sign
 from crumplezone.reports.records.report import Evidence, Exit, Report
 from crumplezone.reports.records.run import CaseRecord, Ending, Shape
-from crumplezone.sandbox.autopsy import observe
 from crumplezone.sandbox.autopsy.incident import Incident
+from crumplezone.sandbox.process.procfs import sizes
 from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.columns import Columns, Float32
 from crumplezone.workers.batch.results import Rung
@@ -211,5 +211,5 @@ class _Trial:
 def _peak(pid: int | None) -> int | None:
     """Most resident memory that a living cell had, bytes."""
     with contextlib.suppress(OSError):
-        return observe.memory(pid).get("VmHWM") if pid else None
+        return sizes(pid).get("VmHWM") if pid else None
     return None

@@ -13,9 +13,9 @@ from crumplezone.diagnostics.doctor.check import Check, State, in_words
 from crumplezone.errors import CellDied, CellRefused, ModelError
 from crumplezone.reports.formats import text
 from crumplezone.reports.records.report import Evidence, Report
-from crumplezone.sandbox.autopsy import observe
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
+from crumplezone.sandbox.process.procfs import sizes
 from crumplezone.workers.cells.targets import TARGETS
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.model.file import embedded_model
@@ -63,7 +63,7 @@ def examine(model: Path | None) -> list[Check]:
         with contextlib.closing(Cell(CellSpec(TARGETS["decode"], config, _DEADLINE))) as cell:
             info = cell.info(CellInfo)
             cell.call(Warm(), Warmed, _DEADLINE)
-            peak = observe.memory(cell.pid).get("VmHWM", 0)
+            peak = sizes(cell.pid).get("VmHWM", 0)
     except CellDied as died:
         return _died(path, Incident.of(died).evidence.result())
     except (OSError, RuntimeError, CellRefused) as error:

@@ -15,7 +15,7 @@ import msgspec
 from crumplezone.reports.records.report import Evidence, Exit, Fault, Frame, Step, Thread
 from crumplezone.sandbox.autopsy import observe
 from crumplezone.sandbox.autopsy.cfi.native import native_stack
-from crumplezone.sandbox.autopsy.classify import TAKEN, assertion, classify, fault_of
+from crumplezone.sandbox.autopsy.classify import TAKEN, assertion, classify, fault_of, was_sent
 from crumplezone.sandbox.autopsy.release import named_fault, release
 from crumplezone.sandbox.autopsy.sigframe.frame import SignalFrame, mend_null_call, read_signal_frame
 from crumplezone.sandbox.autopsy.stacks import take_stacks
@@ -23,7 +23,7 @@ from crumplezone.sandbox.autopsy.turns import FAMILIAR, TURNS, crash_key
 from crumplezone.sandbox.process.cgroup import oom_kills
 from crumplezone.sandbox.process.drain import Drain
 from crumplezone.sandbox.process.process import Process
-from crumplezone.sandbox.process.procfs import Map, SystemCall, current_calls, read_maps, states
+from crumplezone.sandbox.process.procfs import Map, SystemCall, current_calls, read_maps, sizes, states
 
 _STOP_DEADLINE = 2.0  # seconds
 _HEAD_START = 0.05  # seconds: the job that goes on has the processors first; what is stopped keeps
@@ -239,16 +239,16 @@ def _look(death: Death, seen: _Seen) -> None:
     with _step(death, "threads", _MAY_LOOK):
         seen.threads = observe.thread_list(pid, calls, seen.maps)
     with _step(death, "memory and limits"):
-        seen.memory, seen.limits = observe.memory(pid), observe.limits(pid)
+        seen.memory, seen.limits = sizes(pid), observe.limits(pid)
 
 
 def _look_closely(death: Death, seen: _Seen, *, in_haste: str) -> None:
     """What takes a helper, unless that has to be left out."""
     key = crash_key(seen.fault, _threads(seen))
-    sent = (
-        "another process sent its signal, which its stacks do not explain" if _was_sent(death, seen) else ""
-    )
-    refusal = in_haste or sent or FAMILIAR.refusal(key)
+    refusal = in_haste or FAMILIAR.refusal(key)
+    if seen.fault and was_sent(seen.fault, death.process.pid):
+        # Nor does it wait for a helper who is to know whether it was killed.
+        refusal = refusal or "another process sent its signal, which its stacks do not explain"
     if not refusal:
         with TURNS.turn() as refusal:
             if not refusal:
@@ -256,11 +256,6 @@ def _look_closely(death: Death, seen: _Seen, *, in_haste: str) -> None:
                 _unwind(death, seen)
     if refusal:
         death.steps.append(Step("stacks (pystack)", ok=False, detail=f"left out: {refusal}"))
-
-
-def _was_sent(death: Death, seen: _Seen) -> bool:
-    """Whether somebody else sent the signal. Whoever waits to know that does not wait for a helper."""
-    return seen.fault is not None and seen.fault.sender_pid not in {None, death.process.pid}
 
 
 def _unwind(death: Death, seen: _Seen) -> None:

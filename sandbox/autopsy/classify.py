@@ -75,8 +75,13 @@ def classify(
     return _by_signal(fault, pid)
 
 
+def was_sent(fault: Fault, pid: int) -> bool:
+    """Whether another process is known to have sent the signal that this one met."""
+    return fault.sender_pid not in {None, pid}
+
+
 def _by_signal(fault: Fault, pid: int) -> tuple[Exit, str]:
-    if fault.sender_pid not in {None, pid}:
+    if was_sent(fault, pid):
         sender = f"process {fault.sender_pid}" if fault.sender_pid else "a process outside of this namespace"
         return Exit.KILLED, f"{fault.name} sent by {sender} of user {fault.sender_uid}"
     if fault.signal not in _BY_NATIVE_CODE:

@@ -8,7 +8,7 @@ import re
 from pathlib import PurePosixPath
 
 from crumplezone.reports.records.report import Mapping, Thread
-from crumplezone.sandbox.process.procfs import Map, SystemCall, find_map, read_text, sizes, threads
+from crumplezone.sandbox.process.procfs import Map, SystemCall, find_map, read_text, threads
 
 _MAPS_MAX = 4096
 _THREADS_MAX = 1024
@@ -27,11 +27,6 @@ _CALLS = {
     },
 }  # fmt: skip
 _LIMIT = re.compile(r"^(Max [a-z -]+?)\s{2,}(\S+)\s+\S+[ ]*(\S*)[ ]*$", re.MULTILINE)
-
-
-def memory(pid: int) -> dict[str, int]:
-    """Its sizes, see `sizes`."""
-    return sizes(pid)
 
 
 def limits(pid: int) -> dict[str, str]:

@@ -21,6 +21,7 @@ from crumplezone.sandbox.process.launch import Starter, spawn
 
 _FAILURES_MAX = 3  # in a row
 _PAUSE = 0.3  # seconds: the job that has just been given a cell has the processors for itself first
+_CLOSED = "this was closed while its cell started: make a new one"
 _JOIN = 1.0  # seconds for the thread's end, where it waits for a zygote that loads
 
 _log = BesideLog(logging.getLogger(__name__))
@@ -99,9 +100,7 @@ class _SpareKeeper:
     ) -> None:
         self._spec, self._zygote, self._n_spares = spec, zygote, spares
         self._warm, self._on_death = warm, on_death
-        self._start = zygote.fork if zygote else spawn
-        self._starter = Starter(self._start)
-        self._taker = Starter(self._start)  # of cells that are taken at once
+        self._starter = Starter(zygote.fork if zygote else spawn)
         self._owner = os.getpid()
         self._lock = threading.RLock()  # the collector may call `close` in the middle of anything
         self._change = threading.Condition(self._lock)
@@ -133,17 +132,17 @@ class _SpareKeeper:
 
     def _started(self, spec: CellSpec) -> Cell:
         try:
-            cell = Cell(spec, self._taker)
+            cell = Cell(spec, self._starter)
         except CellDied as died:
             if not self._closed:
                 raise
             Incident.of(died).evidence.result()  # `close` has killed it: it is reaped now
-            raise UsageError("this was closed while its cell started: make a new one") from died
+            raise UsageError(_CLOSED) from died
         finally:
-            self._taker.ready()
+            self._starter.ready()
         if self._closed:
             cell.close()
-            raise UsageError("this was closed while its cell started: make a new one")
+            raise UsageError(_CLOSED)
         return cell
 
     @property
@@ -183,7 +182,6 @@ class _SpareKeeper:
                 stack.callback(cell.close)
             stack.callback(self._ring)
             stack.callback(self._starter.stop)
-            stack.callback(self._taker.stop)
 
     def _run(self) -> None:
         """Have the thread running, and look what there is to do."""

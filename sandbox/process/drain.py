@@ -22,6 +22,7 @@ import psutil
 from crumplezone.reports.records.report import Exit, Sample
 from crumplezone.sandbox.host.errands import DELIVERY
 from crumplezone.sandbox.ipc.channel import CREATED_MAX, MAX_FRAME, LogLine, ProtocolError, decoded
+from crumplezone.sandbox.process.lines import close_fds
 from crumplezone.sandbox.process.process import Process
 from crumplezone.sandbox.process.procfs import sizes
 
@@ -142,7 +143,7 @@ class Drain:
         try:
             self._thread.start()
         except BaseException:  # no thread could be had
-            self._close()
+            close_fds(self, "_stop_read", "_stop_write")
             raise
 
     def stop(self) -> None:
@@ -150,14 +151,7 @@ class Drain:
         if self._stop_write >= 0:
             os.write(self._stop_write, b".")
             self._thread.join()
-            self._close()
-
-    def _close(self) -> None:
-        for name in ("_stop_read", "_stop_write"):
-            fd = getattr(self, name)
-            setattr(self, name, -1)
-            if fd >= 0:
-                os.close(fd)
+            close_fds(self, "_stop_read", "_stop_write")
 
     def stderr_tail(self) -> str:
         """The last 64 KiB of the cell's stdout and stderr."""

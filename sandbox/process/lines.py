@@ -34,20 +34,22 @@ class Lines:
         """
         self.log.close()
         self.arena.close()
-        self._close("stderr_fd")
+        close_fds(self, "stderr_fd")
 
     def close(self) -> None:
         """Close every descriptor, once."""
         self.silence()
         self.sock.close()
-        self._close("fault_fd", "parent_fd")
+        close_fds(self, "fault_fd", "parent_fd")
 
-    def _close(self, *names: str) -> None:
-        for name in names:
-            fd = getattr(self, name)
-            setattr(self, name, -1)
-            if fd >= 0:
-                os.close(fd)
+
+def close_fds(owner: object, *names: str) -> None:
+    """Close the descriptors in these attributes, once: they are -1 then."""
+    for name in names:
+        fd = getattr(owner, name)
+        setattr(owner, name, -1)
+        if fd >= 0:
+            os.close(fd)
 
 
 open_lines: weakref.WeakSet[Lines | contextlib.ExitStack] = weakref.WeakSet()

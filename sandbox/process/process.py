@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from crumplezone.reports.records.report import Step
-from crumplezone.sandbox.process.lines import Lines, open_lines
+from crumplezone.sandbox.process.lines import Lines, close_fds, open_lines
 
 POLL_MAX = 86400.0
 """Seconds of one poll: it takes no more milliseconds than an int holds."""
@@ -109,9 +109,7 @@ class Process:
             self.lines.close()
             open_lines.discard(self.lines)
         finally:
-            pidfd, self.pidfd = self.pidfd, -1
-            if pidfd >= 0:
-                os.close(pidfd)
+            close_fds(self, "pidfd")
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):

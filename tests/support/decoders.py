@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import re
+import resource
 import select
 import signal
 import threading
@@ -61,6 +62,17 @@ def descriptors(pid: int | None = None) -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # the listing's own
             names.append(re.sub(r"\[\d+\]", "", each.readlink().name))
     return sorted(names)
+
+
+@contextlib.contextmanager
+def limited(what: int, soft: int) -> Iterator[None]:
+    """With a lower limit of this process."""
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
 
 
 def opened_since(before: list[str]) -> list[str]:

@@ -220,31 +220,19 @@ class _EmbedJob:
         case: JobRecord,
     ) -> SequenceError | None:
         """Do it; what went wrong, said of the first text. On the safe rung, again where a cell was killed."""
-        deaths = Deaths()
-        while True:
-            tried = self._tried(rung, texts, work, kept, case)
-            if tried.ok:
-                return None
-            if not (rung is Rung.SAFE and tried.died and deaths.again(tried.died)):
-                break
+        deaths, again = Deaths(), True
+        while again:
+            with Attempt(self._reporter, case, self._client, rung, texts, partial(kept, texts)) as tried:
+                self._want_cell()
+                work(texts)
+            again = rung is Rung.SAFE and tried.died is not None and deaths.again(tried.died)
+        if tried.ok:
+            return None
         if rung is Rung.NATIVE:  # each is tried alone now, and nobody is to wait for a report
             return SequenceError(texts[0], tried.problem)
         if tried.died:
             case.blamed += texts
         return SequenceError(texts[0], tried.problem, self._reporter.written(tried.report), tried.rc)
-
-    def _tried(
-        self,
-        rung: Rung,
-        texts: list[int],
-        work: Callable[[Sequence[int]], None],
-        kept: Callable[[Sequence[int]], BatchRecord | None],
-        case: JobRecord,
-    ) -> Attempt:
-        with Attempt(self._reporter, case, self._client, rung, texts, partial(kept, texts)) as tried:
-            self._want_cell()
-            work(texts)
-        return tried
 
     def _want_cell(self) -> None:
         """Raise `CrumplezoneError` if no cell can be had. What was refused once is not asked for again."""

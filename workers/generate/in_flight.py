@@ -18,7 +18,7 @@ from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.generate.completion import Completion, failed
 from crumplezone.workers.generate.jobs import PromptJob, deliver, drop, fail
 from crumplezone.workers.incidents.attempt import Attempt
-from crumplezone.workers.incidents.deaths import Deaths
+from crumplezone.workers.incidents.deaths import retried
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.rungs import SafeRungs
@@ -176,14 +176,12 @@ class Generation:
         return tokens, n_ctx_seq - len(tokens)
 
     def _tokenized(self, job: PromptJob) -> npt.NDArray[np.int32]:
-        deaths = Deaths(own=1)  # the first perhaps of something older than this prompt
-        while True:
-            try:
-                return self._client.tokenize(job.prompt)
-            except CellDied as died:
-                if not deaths.again(died):
-                    raise
+        def tell(died: CellDied, again: bool) -> None:
+            if again:  # else whoever has asked tells of it
                 self._report_tokenizer(job, died, "the tokenizer was asked again in a new cell")
+
+        # The first death is perhaps of something older than this prompt.
+        return retried(lambda: self._client.tokenize(job.prompt), tell, own=1)
 
     def _report_tokenizer(self, job: PromptJob, died: CellDied, result: str) -> str:
         client = self._client

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from crumplezone.errors import CellDied
 from crumplezone.reports.records.report import Evidence, Exit
 from crumplezone.sandbox.autopsy.incident import Incident
 
+_T = TypeVar("_T")
 KILLS_MAX = 8  # in a row, with nothing done between: what is killed that often will be killed again
 _UNCLEAR_MAX = 2  # of starts, likewise
 _HURRIED = 3  # starts; before each that follows there is a pause
@@ -39,6 +42,28 @@ class Deaths:
         """Note a death; whether to try again. Waits for autopsies only where whose doing it was matters."""
         self._died.append(died)
         return len(self._died) <= self._own or (len(self._died) <= KILLS_MAX and self.own() <= self._own)
+
+
+def retried(work: Callable[[], _T], tell: Callable[[CellDied, bool], None], own: int = 0) -> _T:
+    """Do something; again, in a new cell, where one was lost by it.
+
+    Args:
+        work: What there is to do.
+        tell: Called with each death, and whether there is another trial; the last of them is raised then.
+        own: As for `Deaths`.
+
+    Raises:
+        CellDied: There is none.
+    """
+    deaths = Deaths(own)
+    while True:
+        try:
+            return work()
+        except CellDied as died:
+            again = deaths.again(died)
+            tell(died, again)
+            if not again:
+                raise
 
 
 class Starts:

@@ -104,7 +104,8 @@ class Reporter:
             info: Likewise.
             command: The arguments of a program that crashed; it has neither batch nor config.
         """
-        crash = self._noted(case, incident, rung, batch, config, info, command)
+        crash = self._noted(case, incident, rung, config)
+        crash.batch, crash.info, crash.command = batch, info, command
         self._submit(logging.DEBUG, self._begin, crash, case)
         return crash.path
 
@@ -128,7 +129,7 @@ class Reporter:
         """Report the death of a process that had no job: in a while, if somebody killed it."""
         case = JobRecord(result=result, ended=True)
         case.step("native", Outcome.CRASHED, [], doing)
-        crash = self._noted(case, incident, "native", None, config)
+        crash = self._noted(case, incident, "native", config)
         # Not waited for, even where this process ends: this may be the thread whose autopsy it awaits.
         self._errands.put(partial(_told, logging.ERROR, self._end_unasked, crash, case))
 
@@ -187,19 +188,10 @@ class Reporter:
         self._errands.drop()
         self._errands.wait(seconds)
 
-    def _noted(
-        self,
-        case: JobRecord,
-        incident: Incident,
-        rung: str,
-        batch: BatchRecord | None,
-        config: CellConfig | None = None,
-        info: CellInfo | None = None,
-        command: Sequence[str] = (),
-    ) -> _Crash:
+    def _noted(self, case: JobRecord, incident: Incident, rung: str, config: CellConfig | None) -> _Crash:
         report_id = new_id(incident.crashed_at)
         path = str(self.store.path(report_id))
-        crash = _Crash(report_id, incident, rung, batch, config, info, path, command)
+        crash = _Crash(report_id, incident, rung, None, config, None, path)
         case.crashes.append(crash)
         return crash
 

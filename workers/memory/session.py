@@ -21,7 +21,7 @@ from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.workers.batch.call import DecodeOptions, RefusedError, Rows
 from crumplezone.workers.batch.columns import Columns, Int32
 from crumplezone.workers.cells.decode_client import DecodeClient
-from crumplezone.workers.incidents.deaths import Deaths
+from crumplezone.workers.incidents.deaths import Deaths, retried
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.memory.journal import (
     ALL,
@@ -303,17 +303,14 @@ class MemorySession:
         return self._twice(doing, restored)
 
     def _twice(self, doing: str, work: Callable[[], _T]) -> _T:
-        deaths = Deaths(own=1)
-        while True:
-            try:
-                return work()
-            except CellDied as died:
-                again = deaths.again(died)
-                path = self._report(died, doing, "it was done again in a new cell" if again else "it failed")
-                if not again:
-                    named = self._reporter.written(path)
-                    where = f"; report: {named}" if named else ""
-                    raise CrumplezoneError(f"llama.cpp died again and again while {doing}{where}") from died
+        def tell(died: CellDied, again: bool) -> None:
+            path = self._report(died, doing, "it was done again in a new cell" if again else "it failed")
+            if not again:
+                named = self._reporter.written(path)
+                where = f"; report: {named}" if named else ""
+                raise CrumplezoneError(f"llama.cpp died again and again while {doing}{where}") from died
+
+        return retried(work, tell, own=1)
 
     def _take_back(self, spans: Sequence[Span]) -> None:
         """After a refusal: what was appended before it (rc 2, or a chunk of several) is removed again."""

@@ -16,7 +16,7 @@ from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.sandbox.process.cgroup import available_memory
 from crumplezone.workers.cells.client import CellClient
 from crumplezone.workers.cells.source import CellSource
-from crumplezone.workers.incidents.deaths import Deaths
+from crumplezone.workers.incidents.deaths import retried
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.file import check_file
 from crumplezone.workers.model.limits import Limits
@@ -133,22 +133,24 @@ def _found(asked: _Question, reporter: Reporter, zygote: Zygote | None) -> Found
 
 
 def _measured(asked: _Question, reporter: Reporter, zygote: Zygote | None) -> Found | None:
-    client, deaths, again = WidthClient(asked, reporter, zygote), Deaths(), True
+    client = WidthClient(asked, reporter, zygote)
+
+    def measured() -> Found:
+        client.start()
+        return _measure(client, asked)
+
+    def tell(died: CellDied, again: bool) -> None:
+        unknown = "the width was not measured; where none is given, sequences are decoded one at a time"
+        result = "it was measured again" if again else unknown
+        doing = "while measuring the width"
+        reporter.file_lone(Incident.of(died), doing, result, asked.config, client.known)
+
     try:
-        while again:
-            try:
-                client.start()
-                return _measure(client, asked)
-            except CellDied as died:
-                again = deaths.again(died)
-                unknown = (
-                    "the width was not measured; where none is given, sequences are decoded one at a time"
-                )
-                result = "it was measured again" if again else unknown
-                doing = "while measuring the width"
-                reporter.file_lone(Incident.of(died), doing, result, asked.config, client.known)
+        return retried(measured, tell)
     except CellRefused as refused:
         _log.warning("the width was not measured: %s", refused)
+    except CellDied:  # told of
+        pass
     finally:
         client.close()
     return None

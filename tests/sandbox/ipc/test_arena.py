@@ -17,20 +17,9 @@ import pytest
 from crumplezone.errors import ShortageError
 from crumplezone.sandbox.ipc.arena import HEADER, Arena, huge_page
 from crumplezone.sandbox.ipc.channel import ProtocolError
-from tests.support.decoders import descriptors, opened_since
+from tests.support.decoders import descriptors, limited, opened_since
 
 MIB = 1 << 20
-
-
-@contextlib.contextmanager
-def limited(what: int, soft: int) -> Iterator[None]:
-    """With a lower limit of this process."""
-    before = resource.getrlimit(what)
-    resource.setrlimit(what, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(what, before)
 
 
 def no_memory() -> contextlib.AbstractContextManager[None]:

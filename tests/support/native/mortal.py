@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from crumplezone.sandbox.child.loop import Room, find
-from crumplezone.workers.cells.targets import SEEDS, TARGETS
+from crumplezone.workers.cells.targets import SEEDS, TARGETS, Kind
 
 VARIABLE = "CRUMPLEZONE_TEST_MORTAL"
 
@@ -36,24 +37,16 @@ def _stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def decode(config: msgspec.Raw, room: Room, preloaded: Any = None) -> Any:
-    _live()
-    return find(TARGETS["decode"])(config, room, preloaded)
+def _mortal(kind: Kind) -> Callable[..., Any]:
+    def cell(config: msgspec.Raw, room: Room, preloaded: Any = None) -> Any:
+        _live()
+        return find(TARGETS[kind])(config, room, preloaded)
+
+    return cell
 
 
-def embed(config: msgspec.Raw, room: Room, preloaded: Any = None) -> Any:
-    _live()
-    return find(TARGETS["embed"])(config, room, preloaded)
-
-
-def width(config: msgspec.Raw, room: Room, preloaded: Any = None) -> Any:
-    _live()
-    return find(TARGETS["width"])(config, room, preloaded)
-
-
-def llama(config: msgspec.Raw, room: Room, preloaded: Any = None) -> Any:
-    _live()
-    return find(TARGETS["llama"])(config, room, preloaded)
+decode, embed = _mortal("decode"), _mortal("embed")
+width, llama = _mortal("width"), _mortal("llama")
 
 
 def seed(config: msgspec.Raw, room: Room) -> Any:

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from crumplezone import Batch, Decoder, Llama, Rung
-from tests.support.decoders import Open, assert_equal_logits, descriptors, held, kill
+from tests.support.decoders import Open, assert_equal_logits, descriptors, held, kill, limited
 from tests.support.models.tiny_gguf import write_tiny_llama
 
 SMALL, LARGE = Batch.of([[4, 5, 6], [7, 8]]), Batch(1500, 1)
 LARGE.add_sequence(0, [3 + i % 100 for i in range(1500)], output="all")
-
-
-@contextlib.contextmanager
-def lowered(what: int, soft: int) -> Iterator[None]:
-    before = resource.getrlimit(what)
-    resource.setrlimit(what, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(what, before)
 
 
 def long_decoder(make: Open, tmp_path: Path) -> Decoder:
@@ -40,7 +28,7 @@ def test_without_memory_a_job_costs_no_cell(make: Open, tmp_path: Path) -> None:
     decoder.memory.clear()
     size = re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())
     assert size is not None
-    with lowered(resource.RLIMIT_AS, (int(size[1]) << 10) + (1 << 20)):
+    with limited(resource.RLIMIT_AS, (int(size[1]) << 10) + (1 << 20)):
         refused = decoder.decode(LARGE)
     # In one piece it cannot be done; in the smallest ones there may just be enough.
     assert (refused.rung(0), refused.reports, decoder.pid) == (Rung.TOKEN, [], pid)
@@ -58,7 +46,7 @@ def test_what_has_no_descriptor_goes_in_smaller_pieces(make: Open, tmp_path: Pat
     decoder.memory.clear()
     free = os.dup(0)
     os.close(free)
-    with lowered(resource.RLIMIT_NOFILE, free):
+    with limited(resource.RLIMIT_NOFILE, free):
         pieces = decoder.decode(LARGE)
     assert (pieces.errors, pieces.rung(0), pieces.reports) == ({}, Rung.TOKEN, [])
     assert held(decoder, 2) == [(0, 1499), (-1, -1)]
