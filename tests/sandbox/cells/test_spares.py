@@ -183,8 +183,13 @@ def test_closing_ends_a_spare_that_starts(zygote: Zygote, deaths: Deaths) -> Non
 
 def test_many_deaths_leave_nothing_behind(stock: Stock, zygote: Zygote, warmed: Pids, deaths: Deaths) -> None:
     def used() -> tuple[int, list[str], list[str]]:
-        # A thread that has told its evidence may not have ended yet; that of the log is the whole process's.
-        threads = [each for each in threading.enumerate() if not each.name.startswith(("autopsy", "logs"))]
+        for (
+            each
+        ) in threading.enumerate():  # until it ends, one that has told its evidence has the arena mapped
+            if each.name.startswith("autopsy"):
+                each.join(30)
+        # That of the log is the whole process's.
+        threads = [each for each in threading.enumerate() if not each.name.startswith("logs")]
         return len(threads), descriptors(), descriptors(zygote.pid)
 
     def rounds(number: int) -> None:
