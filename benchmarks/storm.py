@@ -36,6 +36,7 @@ _SIGNALS = {
     signal.SIGILL: 3, signal.SIGTERM: 6, signal.SIGSTOP: 8, signal.SIGHUP: 3,
 }  # fmt: skip
 _ALL_AT_ONCE = 0.15  # of the times, every process is hit
+_USUAL = 12  # processes: with fewer, fewer are hit, or the last one would be hit all the time
 _GOES_ON = 0.7  # of those that are stopped
 _STOPPED = 1.5  # seconds, at most
 _DEADLINE = 30.0  # seconds of a call
@@ -49,7 +50,7 @@ def strike(root: int, seed: int, mean: float, seconds: float) -> Counter[str]:
     Args:
         root: Its process id.
         seed: Of what is hit when, and by what.
-        mean: Seconds between two of them.
+        mean: Seconds between two of them, where the usual number of processes runs.
         seconds: At most.
     """
     rng, end, sent = random.Random(seed), time.monotonic() + seconds, Counter[str]()
@@ -61,7 +62,7 @@ def strike(root: int, seed: int, mean: float, seconds: float) -> Counter[str]:
                     _send(victim, signal.SIGCONT)
                     stopped.remove((due, victim))
             victims = [each for each in process.children(recursive=True) if each.pid != os.getpid()]
-            hit = victims if rng.random() < _ALL_AT_ONCE else rng.sample(victims, min(1, len(victims)))
+            hit = victims if rng.random() < _ALL_AT_ONCE else _one_of(victims, rng)
             for victim in hit:
                 (signum,) = rng.choices(list(_SIGNALS), list(_SIGNALS.values()))
                 _send(victim, signum)
@@ -72,6 +73,11 @@ def strike(root: int, seed: int, mean: float, seconds: float) -> Counter[str]:
     for _, victim in stopped:
         _send(victim, signal.SIGCONT)
     return sent
+
+
+def _one_of(victims: list[psutil.Process], rng: random.Random) -> list[psutil.Process]:
+    place = rng.randrange(max(len(victims), _USUAL))
+    return victims[place : place + 1]
 
 
 def _send(process: psutil.Process, signum: signal.Signals) -> None:
