@@ -16,11 +16,12 @@ import numpy.typing as npt
 from benchmarks.peer import serve
 from crumplezone.sandbox.child.loop import Room
 from crumplezone.sandbox.ipc.arena import Arena
-from crumplezone.workers.generate.in_flight import STEPS
+from crumplezone.workers.generate.lanes.in_flight import STEPS
 from crumplezone.workers.model.settings import configure
 from crumplezone.workers.native.decode_cell import DecodeCell
-from crumplezone.workers.protocol.messages import Generate, Join, Tokenize
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.protocol.generate.messages import Generate, Join
+from crumplezone.workers.protocol.generate.sampling import Sampling
+from crumplezone.workers.protocol.messages import Tokenize
 
 N_BATCH = 2048
 

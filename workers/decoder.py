@@ -32,10 +32,10 @@ from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.cells.turn import Turn, in_turn
 from crumplezone.workers.embed.embedder import Embedder, Embeddings
-from crumplezone.workers.generate.complete import complete, in_order, wrong
-from crumplezone.workers.generate.completion import Completion
-from crumplezone.workers.generate.jobs import BatchJob, Job, PromptJob, Stream
-from crumplezone.workers.generate.pool import Plan, Pool
+from crumplezone.workers.generate.lanes.pool import Plan, Pool
+from crumplezone.workers.generate.requests.complete import complete, in_order, wrong
+from crumplezone.workers.generate.requests.completion import Completion
+from crumplezone.workers.generate.requests.jobs import BatchJob, Job, PromptJob, Stream
 from crumplezone.workers.incidents.deaths import retried
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.ladder import Ladder
@@ -46,7 +46,7 @@ from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import N_UBATCH, capacity, configure
 from crumplezone.workers.protocol.config import INT32_MAX, CellInfo
-from crumplezone.workers.protocol.sampling import Sampling, SamplingOptions
+from crumplezone.workers.protocol.generate.sampling import Sampling, SamplingOptions
 
 _N_SEQ_MAX = 4  # sequences of a batch, where nobody says
 _WORKERS_MAX = 256

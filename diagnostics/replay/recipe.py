@@ -16,7 +16,7 @@ from crumplezone.reports.records.report import BatchRecord, Report
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.protocol.config import INT32_MAX, CellConfig
 from crumplezone.workers.protocol.embed import EmbedConfig
-from crumplezone.workers.protocol.sampling import check_sampling
+from crumplezone.workers.protocol.generate.sampling import check_sampling
 
 TOKENS_MAX = 2**20
 _INDEX = re.compile(r"0|[1-9][0-9]{0,6}")

@@ -34,14 +34,14 @@ from crumplezone.workers.batch.call import DecodeOptions, RefusedError
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.embed.client import EmbedClient
-from crumplezone.workers.generate.in_flight import STEPS
+from crumplezone.workers.generate.lanes.in_flight import STEPS
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.model.file import check_file, describe
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import CellConfig
 from crumplezone.workers.protocol.embed import EmbedConfig
-from crumplezone.workers.protocol.messages import BESIDE, Join
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.protocol.generate.messages import BESIDE, Join
+from crumplezone.workers.protocol.generate.sampling import Sampling
 
 RUNS_MAX = 1000
 

@@ -29,8 +29,8 @@ from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.child import script as cell
 from crumplezone.workers.protocol.config import CACHE_TYPES, FLASH_ATTENTION, CellConfig
 from crumplezone.workers.protocol.embed import EmbedConfig
-from crumplezone.workers.protocol.messages import BESIDE
-from crumplezone.workers.protocol.sampling import COLDEST
+from crumplezone.workers.protocol.generate.messages import BESIDE
+from crumplezone.workers.protocol.generate.sampling import COLDEST
 
 _WIDTH = 100
 _VALUE_MAX = 200

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from crumplezone.workers.batch.results import Rung as Rung
     from crumplezone.workers.decoder import Decoder as Decoder
     from crumplezone.workers.embed.embedder import Embeddings as Embeddings
-    from crumplezone.workers.generate.completion import Completion as Completion
-    from crumplezone.workers.generate.jobs import Stream as Stream
+    from crumplezone.workers.generate.requests.completion import Completion as Completion
+    from crumplezone.workers.generate.requests.jobs import Stream as Stream
     from crumplezone.workers.ladder.safe_batch import SafeBatchProcessor as SafeBatchProcessor
     from crumplezone.workers.llama.llama import Llama as Llama
     from crumplezone.workers.llama.objects import LlamaGrammar as LlamaGrammar
@@ -57,7 +57,7 @@ _NAMES = {
     "workers.batch.batch": ("Batch",),
     "workers.decoder": ("Decoder",),
     "workers.embed.embedder": ("Embeddings",),
-    "workers.generate.jobs": ("Stream",),
+    "workers.generate.requests.jobs": ("Stream",),
     "workers.llama.llama": ("Llama",),
     "workers.llama.objects": (
         *("LlamaGrammar", "LlamaPromptLookupDecoding", "LlamaRAMCache"),
@@ -65,7 +65,7 @@ _NAMES = {
     ),
     "workers.model.file": ("embedded_model",),
     "workers.batch.results": ("Result", "Rung"),
-    "workers.generate.completion": ("Completion",),
+    "workers.generate.requests.completion": ("Completion",),
     "workers.ladder.safe_batch": ("SafeBatchProcessor",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

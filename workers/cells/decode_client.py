@@ -23,6 +23,7 @@ from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
+from crumplezone.workers.protocol.generate.messages import Generate, Generated, Join
 from crumplezone.workers.protocol.messages import (
     Adapt,
     Adapted,
@@ -30,9 +31,6 @@ from crumplezone.workers.protocol.messages import (
     Decoded,
     Detokenize,
     Detokenized,
-    Generate,
-    Generated,
-    Join,
     Load,
     MemoryOperation,
     Remembered,

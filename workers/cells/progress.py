@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crumplezone.workers.protocol.messages import Generated, Join, Progress
+from crumplezone.workers.protocol.generate.messages import Generated, Join, Progress
 
 _TEXT_MAX = 4096  # bytes of a token; one that is cut inside a character comes with the next
 

@@ -20,6 +20,7 @@ from crumplezone.workers.native.engine.engine import Engine
 from crumplezone.workers.native.model import describe, make_context, model_of
 from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
+from crumplezone.workers.protocol.generate.messages import Generate, Generated
 from crumplezone.workers.protocol.messages import (
     Adapt,
     Adapted,
@@ -27,8 +28,6 @@ from crumplezone.workers.protocol.messages import (
     Decoded,
     Detokenize,
     Detokenized,
-    Generate,
-    Generated,
     Load,
     MemoryOperation,
     Remembered,

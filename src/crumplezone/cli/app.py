@@ -105,7 +105,7 @@ def run(
 ) -> None:
     """Complete prompts from a file. Run it again after any interruption: it goes on where it stopped."""
     from crumplezone.cli.run import Job, complete
-    from crumplezone.workers.protocol.sampling import Sampling
+    from crumplezone.workers.protocol.generate.sampling import Sampling
 
     sampling = Sampling(max_tokens, temperature, seed=seed)
     job = Job(prompts, out, model, sampling, n_seq_max, workers, n_ctx, reports)

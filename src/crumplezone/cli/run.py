@@ -19,9 +19,9 @@ from crumplezone.cli.output import is_quiet
 from crumplezone.errors import InputError
 from crumplezone.reports.store import files
 from crumplezone.workers.decoder import Decoder
-from crumplezone.workers.generate.completion import Completion
+from crumplezone.workers.generate.requests.completion import Completion
 from crumplezone.workers.model.file import embedded_model
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.protocol.generate.sampling import Sampling
 
 
 @dataclass(frozen=True)

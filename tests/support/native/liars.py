@@ -10,16 +10,8 @@ import msgspec
 
 from crumplezone.sandbox.child.fork_server import Fork, Forked, ForkServer
 from crumplezone.workers.native.decode_cell import DecodeCell
-from crumplezone.workers.protocol.messages import (
-    Generated,
-    Progress,
-    Remembered,
-    Request,
-    Saved,
-    Span,
-    Tokenize,
-    Tokenized,
-)
+from crumplezone.workers.protocol.generate.messages import Generated, Progress
+from crumplezone.workers.protocol.messages import Remembered, Request, Saved, Span, Tokenize, Tokenized
 
 TARGET = "tests.support.native.liars:Liar"
 VARIABLE = "CRUMPLEZONE_TEST_LIE"  # names a file that names the lie

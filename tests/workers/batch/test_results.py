@@ -11,7 +11,7 @@ from crumplezone.errors import InputError
 from crumplezone.workers.batch.call import Rows
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.results import Result, share_out
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.protocol.generate.sampling import Sampling
 
 token = st.tuples(st.lists(st.integers(0, 5), min_size=1, max_size=3), st.booleans())
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crumplezone.workers.cells.progress import ProgressChecker
-from crumplezone.workers.protocol.messages import Generated, Join, Progress
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.protocol.generate.messages import Generated, Join, Progress
+from crumplezone.workers.protocol.generate.sampling import Sampling
 
 N_VOCAB = 9
 sizes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=5)

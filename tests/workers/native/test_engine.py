@@ -27,8 +27,9 @@ from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import configure
 from crumplezone.workers.native.decode_cell import DecodeCell
 from crumplezone.workers.native.engine import engine
-from crumplezone.workers.protocol.messages import BESIDE, Generated, Join, MemoryOperation, Request
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.protocol.generate.messages import BESIDE, Generated, Join
+from crumplezone.workers.protocol.generate.sampling import Sampling
+from crumplezone.workers.protocol.messages import MemoryOperation, Request
 from tests.support.decoders import Plant, report_of
 from tests.support.models.tiny_gguf import write_tiny_llama, write_tiny_mamba
 

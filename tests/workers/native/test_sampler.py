@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from crumplezone.errors import InputError
 from crumplezone.workers.native.engine.sampler import Sampler, noise
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.protocol.generate.sampling import Sampling
 
 N_VOCAB = 128
 quick = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

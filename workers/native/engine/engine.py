@@ -17,7 +17,7 @@ from crumplezone.workers.native.engine.context import Context
 from crumplezone.workers.native.engine.prefix import CachedSequence, PrefixCache
 from crumplezone.workers.native.engine.sampler import Sampler
 from crumplezone.workers.protocol.arrays import BatchArrays
-from crumplezone.workers.protocol.messages import BESIDE, Generated, Join, Progress
+from crumplezone.workers.protocol.generate.messages import BESIDE, Generated, Join, Progress
 
 _GROUP_S = 0.25  # after so long, what has been drawn is told
 _PIECE_MAX = 4096

@@ -12,7 +12,7 @@ import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.protocol.generate.sampling import Sampling
 
 
 def noise(seed: int, position: int) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 
 from crumplezone.errors import InputError
-from crumplezone.workers.generate.completion import Completion, failed
-from crumplezone.workers.generate.jobs import Job, PromptJob, Stream
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.generate.requests.completion import Completion, failed
+from crumplezone.workers.generate.requests.jobs import Job, PromptJob, Stream
+from crumplezone.workers.protocol.generate.sampling import Sampling
 
 
 def wrong(prompt: object, field: str) -> InputError | None:

@@ -18,8 +18,8 @@ from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.batch.results import Result
-from crumplezone.workers.generate.completion import Completion
-from crumplezone.workers.protocol.sampling import Sampling
+from crumplezone.workers.generate.requests.completion import Completion
+from crumplezone.workers.protocol.generate.sampling import Sampling
 
 _T = TypeVar("_T")
 

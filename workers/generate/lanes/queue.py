@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from crumplezone.errors import CrumplezoneError, UsageError
-from crumplezone.workers.generate.jobs import BatchJob, Job, PromptJob, check_waiting, drop, fail
+from crumplezone.workers.generate.requests.jobs import BatchJob, Job, PromptJob, check_waiting, drop, fail
 
 _CLOSED = "this decoder was closed before the job was done"
 

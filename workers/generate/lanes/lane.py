@@ -8,9 +8,9 @@ import threading
 from crumplezone.errors import UsageError
 from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.sandbox.host.threads import serve
-from crumplezone.workers.generate.in_flight import Generation
-from crumplezone.workers.generate.jobs import Job, PromptJob, deliver, fail
-from crumplezone.workers.generate.queue import _CLOSED, Queue
+from crumplezone.workers.generate.lanes.in_flight import Generation
+from crumplezone.workers.generate.lanes.queue import _CLOSED, Queue
+from crumplezone.workers.generate.requests.jobs import Job, PromptJob, deliver, fail
 from crumplezone.workers.ladder.ladder import Ladder
 from crumplezone.workers.memory.session import MemorySession
 

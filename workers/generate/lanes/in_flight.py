@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -15,61 +13,17 @@ from crumplezone.reports.records.report import BatchRecord
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.workers.batch.results import Rung
-from crumplezone.workers.generate.completion import Completion, failed
-from crumplezone.workers.generate.jobs import PromptJob, deliver, drop, fail
+from crumplezone.workers.generate.lanes.running import Joining, Running, refuse
+from crumplezone.workers.generate.requests.jobs import PromptJob, drop, fail
 from crumplezone.workers.incidents.attempt import Attempt
 from crumplezone.workers.incidents.deaths import retried
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.rungs import SafeRungs
 from crumplezone.workers.memory.session import MemorySession
-from crumplezone.workers.protocol.messages import Generated, Join, Progress
+from crumplezone.workers.protocol.generate.messages import Generated
 
 STEPS = 8  # native calls per control message: what a crash can cost is that much decoding again
-_SEED_STRIDE = 1_000_003  # prompts draw from different noise, each the same on every run and rung
-_Joining = tuple[Join, npt.NDArray[np.int32]]
-
-
-@dataclass
-class _Running:
-    """A prompt in flight and everything it has produced so far.
-
-    Attributes:
-        falls: How often the native rung failed while it was in flight.
-        reports: Of the crashes among these.
-    """
-
-    job: PromptJob
-    seq_id: int
-    prompt_tokens: npt.NDArray[np.int32]
-    max_tokens: int
-    produced: list[int] = field(default_factory=list)
-    text: bytearray = field(default_factory=bytearray)
-    falls: int = 0
-    reports: list[str] = field(default_factory=list)
-
-    def take(self, progress: Progress) -> None:
-        """Add what came back."""
-        self.produced += progress.tokens
-        self.text += progress.text
-        self.job.future.feed(progress.text)
-
-    def done(self, reason: str, rung: Rung, error: CrumplezoneError | None = None) -> None:
-        """Give the caller what there is."""
-        job, text = self.job, self.text.decode("utf-8", "replace")
-        reports = tuple(self.reports)
-        completion = Completion(job.index, job.prompt, text, self.produced, reason, rung, error, reports)
-        deliver(job.future, completion)
-
-    def join(self) -> _Joining:
-        """Ask to continue from the last token that was delivered."""
-        tokens = np.concatenate([self.prompt_tokens, np.array(self.produced, np.int32)])
-        sampling = dataclasses.replace(
-            self.job.sampling,
-            max_tokens=self.max_tokens - len(self.produced),
-            seed=(self.job.sampling.seed * _SEED_STRIDE + self.job.index) % 2**63,
-        )
-        return Join(self.seq_id, len(tokens), sampling), tokens
 
 
 class Generation:
@@ -88,7 +42,7 @@ class Generation:
         self._session, self._safe_rungs, self._reporter = session, safe_rungs, reporter
         self._client = session.client
         self._free = list(range(width))  # a heap
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._joining: list[int] = []  # in flight, but the cell has not been told
         self._leaving: list[int] = []  # the cell has them, and they are in flight no more
         self._known_to: Cell | None = None  # the cell that has been told of all others
@@ -113,16 +67,16 @@ class Generation:
             path = self._report_tokenizer(job, died, f"prompt {job.index} crashes the tokenizer")
             named = self._reporter.written(path)
             error = SequenceError(job.index, "llama.cpp died while tokenising it", named)
-            _refuse(job, error, path)
+            refuse(job, error, path)
         except (CellRefused, InputError) as refused:
-            _refuse(job, refused)
+            refuse(job, refused)
         except (CrumplezoneError, OSError, MemoryError) as refused:  # no cell, or no memory for it here
             if self._stopped:  # that is why
                 raise
-            _refuse(job, SequenceError(job.index, str(refused) or type(refused).__name__))
+            refuse(job, SequenceError(job.index, str(refused) or type(refused).__name__))
         else:
             seq_id = heapq.heappop(self._free)
-            self._running[seq_id] = _Running(job, seq_id, tokens, min(job.sampling.max_tokens, room))
+            self._running[seq_id] = Running(job, seq_id, tokens, min(job.sampling.max_tokens, room))
             self._joining.append(seq_id)
 
     def advance(self) -> None:
@@ -189,12 +143,12 @@ class Generation:
             Incident.of(died), "tokenize", result, client.config, client.known, [job.index]
         )
 
-    def _end(self, running: _Running) -> None:
+    def _end(self, running: Running) -> None:
         """It is in flight no more, and the cell knows."""
         del self._running[running.seq_id]
         heapq.heappush(self._free, running.seq_id)
 
-    def _leave(self, running: _Running) -> None:
+    def _leave(self, running: Running) -> None:
         """It is in flight no more, and the cell will be told."""
         self._end(running)
         if running.seq_id in self._joining:
@@ -209,7 +163,7 @@ class Generation:
         self._joining = []
         return generated
 
-    def _ask(self, joins: Sequence[_Joining], everything: Sequence[_Joining], chunk: int) -> Generated:
+    def _ask(self, joins: Sequence[Joining], everything: Sequence[Joining], chunk: int) -> Generated:
         """One control message. A cell that knows nothing of what is in flight is told ``everything``."""
         cell = self._client.start()
         if reset := cell is not self._known_to:
@@ -231,7 +185,7 @@ class Generation:
         """Run every prompt in flight alone, from its last delivered token, until it may join the others."""
         fallen = list(self._running.values())
         self._joining = []
-        lost: list[tuple[_Running, Rung, CrumplezoneError]] = []
+        lost: list[tuple[Running, Rung, CrumplezoneError]] = []
         cured = 0
         try:
             for running in fallen:
@@ -246,10 +200,10 @@ class Generation:
 
     def _cure(
         self,
-        running: _Running,
+        running: Running,
         case: JobRecord,
         problem: str,
-        lost: list[tuple[_Running, Rung, CrumplezoneError]],
+        lost: list[tuple[Running, Rung, CrumplezoneError]],
     ) -> None:
         """Have a prompt get past the place of the crash by itself, to go on with the others; or end it."""
         error: CrumplezoneError | None
@@ -276,7 +230,7 @@ class Generation:
         else:
             running.done(str(reason), rung)
 
-    def _alone(self, running: _Running, chunk: int) -> str:
+    def _alone(self, running: Running, chunk: int) -> str:
         """Why it finished; or an empty string: it is past the first crash that it took part in, or unwanted.
 
         So a batch-only crash costs the others no more than a few steps. Whoever falls twice, or needs to be
@@ -295,8 +249,3 @@ class Generation:
                 break
             joins = []
         return ""
-
-
-def _refuse(job: PromptJob, error: CrumplezoneError, *reports: str) -> None:
-    """End a prompt that took no place."""
-    deliver(job.future, failed(job.index, job.prompt, error, reports))

@@ -1,0 +1,1 @@
+"""Cells that complete prompts, each with a thread, over one queue."""

@@ -1,0 +1,1 @@
+"""What is asked of a cell that generates, and how it draws tokens."""

@@ -1,0 +1,69 @@
+"""What a supervisor asks of a cell that generates: prompts join and leave, and what came of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from crumplezone.sandbox.ipc.arena import Shape
+from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
+from crumplezone.workers.protocol.config import Token
+from crumplezone.workers.protocol.generate.sampling import Sampling
+
+BESIDE = 128  # most prompt tokens in a native call that also generates: a long prompt makes none wait longer
+
+
+class Join(msgspec.Struct, frozen=True):
+    """A prompt that takes a free sequence; its tokens lie in the arena (`Generate.arrays`)."""
+
+    seq_id: int
+    n_tokens: int
+    sampling: Sampling  # ``max_tokens``: still to come
+
+
+class Arrays(Protocol):
+    """An arena; the supervisor's is that of a cell."""
+
+    def arrays(self, shapes: Sequence[Shape]) -> list[npt.NDArray[Any]]:
+        """Cut into these arrays."""
+
+
+class Generate(msgspec.Struct, tag="generate", frozen=True):
+    """Let sequences leave and prompts join, then run up to ``steps`` native calls over all that run.
+
+    The reply comes earlier when a sequence has got its first token or its last, when the supervisor nudges
+    (`Arena.nudge`), or when it would else take long. At least one native call is made if any sequence runs.
+    """
+
+    joins: list[Join]
+    steps: int
+    chunk: int  # most tokens per native call
+    leaves: list[int] = []  # sequences to give up, before any joins
+    reset: bool = False  # clear the memory and forget every sequence first
+
+    def arrays(self, arena: Arrays) -> tuple[BatchArrays, list[npt.NDArray[np.int32]]]:
+        """The batch of a native call, and behind it the tokens of each that joins."""
+        joins: list[Shape] = [("i4", join.n_tokens) for join in self.joins]
+        arrays = arena.arrays([*batch_shapes(self.chunk), *joins])
+        n = len(BatchArrays._fields)
+        return BatchArrays(*arrays[:n]), arrays[n:]
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """What one sequence produced: its new tokens, their text (UTF-8, may end inside a character)."""
+
+    seq_id: int
+    tokens: list[Token]
+    text: bytes
+    finished: Literal["", "stop", "length"] = ""  # "", "stop" (end of generation) or "length"
+
+
+class Generated(msgspec.Struct, frozen=True):
+    """One entry for each sequence that was running."""
+
+    rc: int
+    progress: list[Progress]
