@@ -22,7 +22,12 @@ class Join(msgspec.Struct, frozen=True):
 
     seq_id: int
     n_tokens: int
-    sampling: Sampling  # ``max_tokens``: still to come
+    n_prompt: int  # the first of these; the others were drawn before, and count for everything
+    sampling: Sampling
+    stops: list[bytes] = []  # a text that has one of these ends
+    stop_tokens: list[int] = []  # so does one that would get one of these, which end like an end of generation
+    logprobs: int = -1  # how many of the likeliest come with each token drawn; -1: not even its own
+    prompt_logprobs: bool = False  # the same for each token of the prompt but the first
 
 
 class Arrays(Protocol):
@@ -53,13 +58,27 @@ class Generate(msgspec.Struct, tag="generate", frozen=True):
         return BatchArrays(*arrays[:n]), arrays[n:]
 
 
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithm of a token's probability before any sampler, and the likeliest tokens with theirs."""
+
+    logprob: float
+    top: list[tuple[Token, float]] = []
+
+
 class Progress(msgspec.Struct, frozen=True):
-    """What one sequence produced: its new tokens, their text (UTF-8, may end inside a character)."""
+    """What one sequence produced: its new tokens, their text (UTF-8, may end inside a character).
+
+    The text is that of all tokens: what a stop string ends is cut off by the supervisor.
+    """
 
     seq_id: int
     tokens: list[Token]
     text: bytes
-    finished: Literal["", "stop", "length"] = ""  # "", "stop" (end of generation) or "length"
+    finished: Literal["", "stop", "word", "length"] = ""  # end of generation, stop string or token, max_tokens
+    logprobs: list[Logprob] = []  # as many as tokens, if they were asked for
+    prompt_logprobs: list[Logprob] = []  # of the tokens of the prompt that were read since
+    read: int = 0  # tokens that the memory holds by now
+    cached: int = 0  # of these, those that did not have to be computed: known with the first reply that reads
 
 
 class Generated(msgspec.Struct, frozen=True):
