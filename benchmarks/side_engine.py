@@ -59,11 +59,13 @@ class InProcessEngine:
         while queue or len(free) < self._width:
             joining = [queue.popleft() for _ in range(min(len(free), len(queue)))]
             # The lowest first, as `Generation` does: llama.cpp computes only neighbours together.
-            joins = [Join(heapq.heappop(free), len(tokens), Sampling(max_tokens)) for tokens in joining]
-            request = Generate(joins, STEPS, N_BATCH, reset=first)
-            _, rooms = request.arrays(self._arena)
-            for room, tokens in zip(rooms, joining, strict=True):
-                room[:] = tokens
+            sampling = Sampling(max_tokens)
+            joins = [Join(heapq.heappop(free), len(tokens), len(tokens), sampling) for tokens in joining]
+            request, encoded = Generate.of(joins, STEPS, N_BATCH, reset=first)
+            _, room, rooms = request.arrays(self._arena)
+            room[:] = np.frombuffer(encoded, np.uint8)
+            for place, tokens in zip(rooms, joining, strict=True):
+                place[:] = tokens
             generated: Any = self._cell.handle(request)
             if generated.rc:
                 raise RuntimeError(f"llama_decode returned {generated.rc}")

@@ -253,11 +253,12 @@ class DecodeClient(CellClient[CellInfo]):
             self._progress.leave(seq_id)
         for join, _ in joins:
             self._progress.join(join)
-        request = Generate([join for join, _ in joins], steps, chunk, list(leaves), reset)
-        batch, rooms = request.arrays(cell)
+        request, encoded = Generate.of([join for join, _ in joins], steps, chunk, leaves, reset=reset)
+        batch, room, rooms = request.arrays(cell)
         batch.n_seq_id[:] = 0  # no native call was made yet: see `last_batch`
-        for room, (_, tokens) in zip(rooms, joins, strict=True):
-            room[:] = tokens
+        room[:] = np.frombuffer(encoded, np.uint8)
+        for place, (_, tokens) in zip(rooms, joins, strict=True):
+            place[:] = tokens
         try:
             generated = self._call(request, Generated)
         except CellRefused as refused:

@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
-from crumplezone.workers.protocol.generate.messages import Generated, Join, Progress
+import math
+from dataclasses import dataclass
+
+from crumplezone.workers.protocol.generate.messages import (
+    OUTPUTS,
+    PROBLEM_MAX,
+    Generated,
+    Join,
+    Progress,
+)
 
 _TEXT_MAX = 4096  # bytes of a token; one that is cut inside a character comes with the next
+
+
+@dataclass
+class _Flight:
+    """A sequence in flight.
+
+    Attributes:
+        join: What was asked for.
+        left: Tokens that it may still produce.
+        produced: Those that it did.
+        prompt: Tokens of its prompt whose probabilities are still to be told.
+        read: Tokens that its memory was said to hold.
+        cached: Of these, those that were not computed; None until some are read.
+    """
+
+    join: Join
+    left: int
+    prompt: int
+    produced: int = 0
+    read: int = 0
+    cached: int | None = None
 
 
 class ProgressChecker:
@@ -16,19 +46,20 @@ class ProgressChecker:
 
     def __init__(self, n_vocab: int) -> None:
         self._n_vocab = n_vocab
-        self._left: dict[int, int] = {}  # by sequence: tokens that it may still produce
+        self._flights: dict[int, _Flight] = {}
         self._prompts: dict[int, int] = {}  # by sequence that has produced none yet: tokens of its prompt
         self._unread = 0  # no fewer of those than the cell has yet to decode
 
     def join(self, join: Join) -> None:
         """A prompt takes a sequence."""
-        self._left[join.seq_id] = join.sampling.max_tokens
+        told = join.n_prompt - 1 if join.prompt_logprobs else 0
+        self._flights[join.seq_id] = _Flight(join, join.sampling.max_tokens - join.drawn, told)
         self._prompts[join.seq_id] = join.n_tokens
         self._unread += join.n_tokens
 
     def leave(self, seq_id: int) -> None:
         """A sequence is given up."""
-        self._left.pop(seq_id, None)
+        self._flights.pop(seq_id, None)
         self._read(seq_id)
 
     def land(self, generated: Generated, chunk: int) -> str:
@@ -42,10 +73,13 @@ class ProgressChecker:
             What no honest cell would have said, or an empty string.
         """
         seq_ids = [progress.seq_id for progress in generated.progress]
-        if not self._left and not seq_ids:  # all that were in flight have left
+        if not self._flights and not seq_ids:  # all that were in flight have left
             return ""
-        if not seq_ids or len(set(seq_ids)) < len(seq_ids) or not self._left.keys() >= set(seq_ids):
-            return f"told of the sequences {seq_ids[:8]}, {sorted(self._left)[:8]} are in flight"
+        if not seq_ids or len(set(seq_ids)) < len(seq_ids) or not self._flights.keys() >= set(seq_ids):
+            return f"told of the sequences {seq_ids[:8]}, {sorted(self._flights)[:8]} are in flight"
+        # Where logits of a prompt are wanted, a call may be full with fewer tokens.
+        looked = any(self._flights[i].join.wanted < self._flights[i].join.n_tokens - 1 for i in self._prompts)
+        least = min(chunk, OUTPUTS) if looked else chunk
         for progress in generated.progress:
             if problem := self._advance(progress):
                 return problem
@@ -53,27 +87,73 @@ class ProgressChecker:
             # A call gives a token unless it was full of prompts, and there was more of them. For among the
             # sequences in one call, those that generate come first, and prompts that wait for another's
             # prefix wait for one that is in it.
-            if len(self._prompts) < len(self._left) or self._unread <= chunk:
+            if len(self._prompts) < len(self._flights) or self._unread <= least:
                 return "told of no token although every prompt has been read"
-            self._unread -= chunk
+            self._unread -= least
         return ""
 
     def _advance(self, progress: Progress) -> str:
-        left = self._left[progress.seq_id] - len(progress.tokens)
-        if left < 0 or (left == 0 and not progress.finished):
-            return f"went on with sequence {progress.seq_id} after its last token"
+        flight, seq_id = self._flights[progress.seq_id], progress.seq_id
+        flight.left -= len(progress.tokens)
+        flight.produced += len(progress.tokens)
+        if flight.left < 0 or (flight.left == 0 and not progress.finished):
+            return f"went on with sequence {seq_id} after its last token"
         if len(progress.text) > _TEXT_MAX * (1 + len(progress.tokens)):
             return f"made {len(progress.text)} bytes of {len(progress.tokens)} tokens"
         if max(progress.tokens, default=0) >= self._n_vocab:
-            return f"made up a token for sequence {progress.seq_id}: the model has {self._n_vocab}"
-        self._left[progress.seq_id] = left
+            return f"made up a token for sequence {seq_id}: the model has {self._n_vocab}"
+        problem = _refusal(flight, progress) or _memory(flight, progress) or self._likely(flight, progress)
+        if problem:
+            return f"told of sequence {seq_id} {problem}"
         if progress.tokens or progress.finished:
-            self._read(progress.seq_id)
+            self._read(seq_id)
         if progress.finished:
-            del self._left[progress.seq_id]
+            del self._flights[seq_id]
+        return ""
+
+    def _likely(self, flight: _Flight, progress: Progress) -> str:
+        """Probabilities: as many as were asked for."""
+        asked = flight.join.logprobs
+        if len(progress.logprobs) != (len(progress.tokens) if asked >= 0 else 0):
+            return f"{len(progress.logprobs)} probabilities for {len(progress.tokens)} tokens"
+        flight.prompt -= len(progress.prompt_logprobs)
+        over = flight.produced or progress.finished in ("stop", "word")
+        if flight.prompt < 0 or (flight.prompt and over):
+            return (
+                f"{len(progress.prompt_logprobs)} probabilities of the prompt, where {flight.prompt} remain"
+            )
+        for each in (*progress.logprobs, *progress.prompt_logprobs):
+            numbers = [each.logprob, *(value for _, value in each.top)]
+            if not all(-math.inf < value <= 0 for value in numbers):
+                return f"a probability that there cannot be: {numbers[:4]}"
+            if len(each.top) != min(max(asked, 0), self._n_vocab):
+                return f"{len(each.top)} likely tokens, where {asked} were asked for"
+            if max((token for token, _ in each.top), default=0) >= self._n_vocab:
+                return f"a likely token that is none: the model has {self._n_vocab}"
         return ""
 
     def _read(self, seq_id: int) -> None:
         """The prompt of a sequence needs no more reading."""
         self._prompts.pop(seq_id, None)
         self._unread = min(self._unread, sum(self._prompts.values()))
+
+
+def _refusal(flight: _Flight, progress: Progress) -> str:
+    if (progress.finished == "refused") != bool(progress.problem) or len(progress.problem) > PROBLEM_MAX:
+        return f"a reason of {len(progress.problem)} characters, as {progress.finished!a}"
+    if progress.problem and (not flight.join.sampling.grammar or flight.produced):
+        return "that it has no grammar that would do"
+    return ""
+
+
+def _memory(flight: _Flight, progress: Progress) -> str:
+    """What the memory holds."""
+    most = flight.join.n_tokens + flight.produced
+    if not flight.read <= progress.read <= most:
+        return f"{progress.read} tokens read, after {flight.read} of {most}"
+    flight.read = progress.read
+    if flight.cached is None and progress.read:
+        flight.cached = progress.cached
+    if progress.cached != (flight.cached or 0) or progress.cached > min(flight.read, flight.join.wanted):
+        return f"{progress.cached} tokens that need not be computed"
+    return ""

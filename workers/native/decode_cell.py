@@ -20,7 +20,7 @@ from crumplezone.workers.native.engine.engine import Engine
 from crumplezone.workers.native.model import describe, make_context, model_of
 from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
-from crumplezone.workers.protocol.generate.messages import Generate, Generated
+from crumplezone.workers.protocol.generate.messages import Generate, Generated, Join
 from crumplezone.workers.protocol.messages import (
     Adapt,
     Adapted,
@@ -63,7 +63,7 @@ class DecodeCell:
         self.config = msgspec.msgpack.decode(config, type=CellConfig)
         self._arena, self.recorder = room.arena, room.recorder
         loaded = model_of(preloaded, self.config.model, self.config.n_gpu_layers, room)
-        self._loaded, self.model = loaded, loaded.pointer
+        self._loaded, self.model, self.logs = loaded, loaded.pointer, loaded.native_logs
         self.vocab = C.llama_model_get_vocab(self.model)
         with self.recorder.phase("context", self.config.n_ctx):
             self.context = make_context(self._loaded, self.config)
@@ -250,6 +250,7 @@ class DecodeCell:
         self.context = make_context(self._loaded, self.config)
         self.memory = C.llama_get_memory(self.context)
         self._info = describe(self.model, self.context)
+        self._engine.close()
         self._engine = Engine(self, self._arena.nudged)
         self._unsettled = self._embeddings = False
 
@@ -291,9 +292,10 @@ class DecodeCell:
             if self.memory:  # marked as empty, not filled with zeros: that would take a while
                 C.llama_memory_clear(self.memory, False)
         self._want_embeddings(False)
-        batch, prompts = request.arrays(self._arena)
+        batch, encoded, prompts = request.arrays(self._arena)
+        joins = msgspec.msgpack.decode(encoded.tobytes(), type=list[Join]) if prompts else []
         for seq_id in request.leaves:
             self._engine.leave(seq_id)
-        for join, tokens in zip(request.joins, prompts, strict=True):
+        for join, tokens in zip(joins, prompts, strict=True):
             self._engine.join(join, tokens.copy())
         return self._engine.generate(batch, request.steps)

@@ -28,7 +28,7 @@ replies = st.lists(
 
 
 def join(flight: ProgressChecker, seq_id: int, n_tokens: int, max_tokens: int) -> None:
-    flight.join(Join(seq_id, n_tokens, Sampling(max_tokens)))
+    flight.join(Join(seq_id, n_tokens, n_tokens, Sampling(max_tokens)))
 
 
 def flight_of(prompts: list[tuple[int, int, int]]) -> ProgressChecker:

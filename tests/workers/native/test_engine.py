@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -69,9 +70,11 @@ class Driver:
         self._joins: list[tuple[Join, npt.NDArray[np.int32]]] = []
         self._reset = True
 
-    def join(self, seq_id: int, prompt: Sequence[int], sampling: Sampling) -> None:
-        tokens = np.array(prompt, np.int32)
-        self._joins.append((Join(seq_id, len(tokens), sampling), tokens))
+    def join(
+        self, seq_id: int, prompt: Sequence[int], sampling: Sampling, drawn: Sequence[int] = (), **asked: Any
+    ) -> None:
+        tokens = np.array([*prompt, *drawn], np.int32)
+        self._joins.append((Join(seq_id, len(tokens), len(prompt), sampling, **asked), tokens))
         self.tokens[seq_id] = []
         self.running.add(seq_id)
 
@@ -99,10 +102,10 @@ class Driver:
         batch = self.client.last_batch(CHUNK, [])
         return list(zip(batch.seq_ids, batch.positions, strict=True))
 
-    def alone(self, prompt: Sequence[int], sampling: Sampling) -> list[int]:
-        """A prompt by itself, from empty memory."""
+    def alone(self, prompt: Sequence[int], sampling: Sampling, drawn: Sequence[int] = ()) -> list[int]:
+        """A prompt by itself, from empty memory: what follows what was drawn."""
         self.reset()
-        self.join(0, prompt, sampling)
+        self.join(0, prompt, sampling, drawn)
         return self.finish()[0]
 
 
@@ -132,8 +135,7 @@ def test_a_sequence_continued_at_any_token_is_the_same(tiny: Path, drive: Make) 
     whole = driver.alone(prompt, HOT)
     assert len(set(whole)) > 20
     for cut in range(1, len(whole)):
-        rest = replace(HOT, max_tokens=HOT.max_tokens - cut)
-        assert driver.alone(prompt + whole[:cut], rest) == whole[cut:]
+        assert driver.alone(prompt, HOT, whole[:cut]) == whole[cut:]
 
 
 def test_the_script_of_a_crash_draws_the_same(tiny: Path, drive: Make) -> None:

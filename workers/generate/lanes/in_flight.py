@@ -123,6 +123,7 @@ class Generation:
     def _tokens(self, job: PromptJob) -> tuple[npt.NDArray[np.int32], int]:
         """The tokens of a prompt, and how many may follow."""
         tokens = self._tokenized(job)
+        job.sampling.check_vocabulary(self._client.info.n_vocab)
         n_ctx_seq = self._client.info.n_ctx_seq
         if not 0 < len(tokens) < n_ctx_seq:
             limit = f"the context holds {n_ctx_seq} tokens per sequence, one of them to generate"

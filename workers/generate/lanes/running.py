@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CrumplezoneError
+from crumplezone.errors import CrumplezoneError, InputError
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.generate.requests.completion import Completion, failed
 from crumplezone.workers.generate.requests.jobs import PromptJob, deliver
 from crumplezone.workers.protocol.generate.messages import Join, Progress
+from crumplezone.workers.protocol.generate.sampling import SEEDS
 
-_SEED_STRIDE = 1_000_003  # prompts draw from different noise, each the same on every run and rung
 Joining = tuple[Join, npt.NDArray[np.int32]]
 
 
@@ -35,17 +35,23 @@ class Running:
     text: bytearray = field(default_factory=bytearray)
     falls: int = 0
     reports: list[str] = field(default_factory=list)
+    problem: str = ""  # why the cell refused it
 
     def take(self, progress: Progress) -> None:
         """Add what came back."""
         self.produced += progress.tokens
         self.text += progress.text
+        self.problem = progress.problem
         self.job.future.feed(progress.text)
 
     def done(self, reason: str, rung: Rung, error: CrumplezoneError | None = None) -> None:
         """Give the caller what there is."""
         job, text = self.job, self.text.decode("utf-8", "replace")
         reports = tuple(self.reports)
+        if reason == "refused":
+            reason, error = "error", InputError("grammar", job.sampling.grammar, self.problem)
+        elif reason == "word":
+            reason = "stop"
         completion = Completion(job.index, job.prompt, text, self.produced, reason, rung, error, reports)
         deliver(job.future, completion)
 
@@ -54,10 +60,10 @@ class Running:
         tokens = np.concatenate([self.prompt_tokens, np.array(self.produced, np.int32)])
         sampling = dataclasses.replace(
             self.job.sampling,
-            max_tokens=self.max_tokens - len(self.produced),
-            seed=(self.job.sampling.seed * _SEED_STRIDE + self.job.index) % 2**63,
+            max_tokens=self.max_tokens,
+            seed=(self.job.sampling.seed + self.job.index) % SEEDS,
         )
-        return Join(self.seq_id, len(tokens), sampling), tokens
+        return Join(self.seq_id, len(tokens), len(self.prompt_tokens), sampling), tokens
 
 
 def refuse(job: PromptJob, error: CrumplezoneError, *reports: str) -> None:

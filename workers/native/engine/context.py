@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from crumplezone.sandbox.ipc.flight_recorder import Recorder
+from crumplezone.workers.native.model import NativeLogs
 from crumplezone.workers.protocol.arrays import BatchArrays
 from crumplezone.workers.protocol.config import CellInfo
 
@@ -17,12 +18,14 @@ class Context(Protocol):
         vocab: ``const llama_vocab *``.
         memory: ``llama_memory_t``.
         recorder: Told what native code is called.
+        logs: Of llama.cpp.
     """
 
     context: Any
     vocab: Any
     memory: Any
     recorder: Recorder
+    logs: NativeLogs
 
     def info(self) -> CellInfo:
         """Facts of the model and the context."""

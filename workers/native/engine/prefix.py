@@ -23,7 +23,9 @@ class CachedSequence:
     seq_id: int
     tokens: npt.NDArray[np.int32]  # the first ``n_tokens`` of it count
     n_tokens: int
+    wanted: int  # from this one on all are computed, for their logits
     position: int = 0  # so many are in memory
+    cached: int = 0  # so many were there, when it was placed
     placed: bool = False
     ended: bool = False  # what is in memory stays there until its place is taken
     waits_for: CachedSequence | None = None
@@ -87,6 +89,7 @@ class PrefixCache:
             C.llama_memory_seq_rm(self._cell.memory, line.seq_id, -1, -1)
             keep = 0
         line.position, line.placed, line.waits_for = keep, True, None
+        line.cached = keep
         self._lines[line.seq_id] = line
         return True
 
@@ -115,8 +118,8 @@ class PrefixCache:
 
 
 def _common(held: CachedSequence, n_held: int, line: CachedSequence) -> int:
-    """Tokens that both begin with. At least one of the new one is left to be decoded, for its logits."""
-    n = min(n_held, line.n_tokens - 1)
+    """Tokens that both begin with, but for those of the new one that are to be decoded, for their logits."""
+    n = min(n_held, line.wanted)
     if n < 1:
         return 0
     differs = held.tokens[:n] != line.tokens[:n]

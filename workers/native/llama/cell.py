@@ -13,7 +13,8 @@ from llama_cpp.llama_grammar import LlamaGrammar
 
 from crumplezone.sandbox.child.loop import Room
 from crumplezone.workers.native import memory as native_memory
-from crumplezone.workers.native.llama.replay import GrammarError, ReplayableLlama
+from crumplezone.workers.native.grammar import GrammarError
+from crumplezone.workers.native.llama.replay import ReplayableLlama
 from crumplezone.workers.native.llama.seed import LlamaSeed
 from crumplezone.workers.native.model import ContextError, LoadError, NativeLogs, describe
 from crumplezone.workers.protocol.llama import (

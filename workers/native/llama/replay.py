@@ -26,6 +26,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from crumplezone.sandbox.child.loop import AbandonedError, Room
 from crumplezone.workers.native import memory as native_memory
 from crumplezone.workers.native.batch import BatchPacker, batch_arrays
+from crumplezone.workers.native.grammar import make_grammar
 from crumplezone.workers.native.llama.journal import CallJournal
 from crumplezone.workers.native.llama.seed import loading_by, original
 from crumplezone.workers.native.model import NativeLogs
@@ -41,10 +42,6 @@ from crumplezone.workers.protocol.llama import (
 
 _ROWS = 32  # of logits at once: llama.cpp keeps room for the most that were ever asked for
 utils: Any = llama_cpp._utils  # noqa: SLF001 - there is no other name
-
-
-class GrammarError(Exception):
-    """A grammar that llama.cpp does not accept. The original adds NULL to the chain and crashes."""
 
 
 _stale: list[Any] = []  # never collected: they would close descriptors of others
@@ -143,12 +140,9 @@ class ReplayableLlama(original.Llama):  # type: ignore[misc] # an Any, see above
 
     def _compile(self, grammar: Any) -> None:
         self.journal.tell("grammar")
-        self._native_logs.last_error = ""
         with self._room.recorder.phase("grammar", len(grammar._grammar)):  # noqa: SLF001 - the original's
-            texts = grammar._grammar.encode(), grammar._root.encode()  # noqa: SLF001 - there is no other name
-            sampler = C.llama_sampler_init_grammar(self._model.vocab, *texts)
-        if not sampler:
-            raise GrammarError(self._native_logs.last_error or "llama.cpp cannot parse it")
+            texts = grammar._grammar, grammar._root  # noqa: SLF001 - there is no other name
+            sampler = make_grammar(self._model.vocab, self._native_logs, *texts)
         C.llama_sampler_free(sampler)
         self.journal.tell()
 

@@ -15,14 +15,40 @@ from crumplezone.workers.protocol.config import Token
 from crumplezone.workers.protocol.generate.sampling import Sampling
 
 BESIDE = 128  # most prompt tokens in a native call that also generates: a long prompt makes none wait longer
+OUTPUTS = (
+    64  # most tokens read in a native call with their logits: llama.cpp keeps room for the most there were
+)
+LOGPROBS_MAX = 20  # likeliest tokens: a reply has a frame
+PROBLEM_MAX = 4096  # characters
 
 
 class Join(msgspec.Struct, frozen=True):
-    """A prompt that takes a free sequence; its tokens lie in the arena (`Generate.arrays`)."""
+    """A prompt that takes a free sequence. It and its tokens lie in the arena (`Generate.arrays`)."""
 
     seq_id: int
     n_tokens: int
-    sampling: Sampling  # ``max_tokens``: still to come
+    n_prompt: int  # the first of these; the others were drawn before, and count for everything
+    sampling: Sampling
+    stops: list[bytes] = []  # a text that has one of these ends
+    stop_tokens: list[
+        int
+    ] = []  # so does one that would get one of these, which end like an end of generation
+    logprobs: int = -1  # how many of the likeliest come with each token drawn; -1: not even its own
+    prompt_logprobs: bool = False  # the same for each token of the prompt but the first
+
+    @property
+    def drawn(self) -> int:
+        """How many of the tokens were drawn before."""
+        return self.n_tokens - self.n_prompt
+
+    @property
+    def wanted(self) -> int:
+        """The first token whose logits are wanted; those before may come from a copy."""
+        if self.prompt_logprobs:
+            return 0
+        if self.sampling.looks_back:
+            return self.n_prompt - 1
+        return self.n_tokens - 1
 
 
 class Arrays(Protocol):
@@ -39,27 +65,66 @@ class Generate(msgspec.Struct, tag="generate", frozen=True):
     (`Arena.nudge`), or when it would else take long. At least one native call is made if any sequence runs.
     """
 
-    joins: list[Join]
+    n_tokens: list[int]  # of each that joins
+    n_bytes: int  # of those `Join`s: they may be larger than a frame
     steps: int
     chunk: int  # most tokens per native call
     leaves: list[int] = []  # sequences to give up, before any joins
     reset: bool = False  # clear the memory and forget every sequence first
 
-    def arrays(self, arena: Arrays) -> tuple[BatchArrays, list[npt.NDArray[np.int32]]]:
-        """The batch of a native call, and behind it the tokens of each that joins."""
-        joins: list[Shape] = [("i4", join.n_tokens) for join in self.joins]
-        arrays = arena.arrays([*batch_shapes(self.chunk), *joins])
+    @classmethod
+    def of(
+        cls,
+        joins: Sequence[Join],
+        steps: int,
+        chunk: int,
+        leaves: Sequence[int] = (),
+        *,
+        reset: bool = False,
+    ) -> tuple[Generate, bytes]:
+        """A request, and the bytes of the joins that belong into the arena."""
+        encoded = msgspec.msgpack.encode(joins)
+        sizes = [join.n_tokens for join in joins]
+        return cls(sizes, len(encoded), steps, chunk, list(leaves), reset), encoded
+
+    def arrays(self, arena: Arrays) -> tuple[BatchArrays, npt.NDArray[np.uint8], list[npt.NDArray[np.int32]]]:
+        """The batch of a native call, and behind it those that join, and the tokens of each."""
+        tokens: list[Shape] = [("i4", n) for n in self.n_tokens]
+        arrays = arena.arrays([*batch_shapes(self.chunk), ("u1", self.n_bytes), *tokens])
         n = len(BatchArrays._fields)
-        return BatchArrays(*arrays[:n]), arrays[n:]
+        return BatchArrays(*arrays[:n]), arrays[n], arrays[n + 1 :]
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithm of a token's probability before any sampler, and the likeliest tokens with theirs."""
+
+    logprob: float
+    top: list[tuple[Token, float]] = []
+
+
+FINISHED = {
+    "stop": "end of generation, or the grammar lets nothing follow",
+    "word": "a stop string or token",
+    "length": "max_tokens",
+    "refused": "it never ran",
+}
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """What one sequence produced: its new tokens, their text (UTF-8, may end inside a character)."""
+    """What one sequence produced: its new tokens, their text (UTF-8, may end inside a character).
+
+    The text is that of all tokens: what a stop string ends is cut off by the supervisor.
+    """
 
     seq_id: int
     tokens: list[Token]
     text: bytes
-    finished: Literal["", "stop", "length"] = ""  # "", "stop" (end of generation) or "length"
+    finished: Literal["", "stop", "word", "length", "refused"] = ""  # see `FINISHED`
+    logprobs: list[Logprob] = []  # as many as tokens, if they were asked for
+    prompt_logprobs: list[Logprob] = []  # of the tokens of the prompt that were read since
+    read: int = 0  # tokens that the memory holds by now
+    cached: int = 0  # of these, those that did not have to be computed: known with the first reply that reads
+    problem: str = ""  # why it was refused: llama.cpp does not accept its grammar
 
 
 class Generated(msgspec.Struct, frozen=True):

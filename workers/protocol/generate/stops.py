@@ -1,0 +1,27 @@
+"""Where a text ends by one of its stop strings, and what of it may still become one. In UTF-8 bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def first_stop(text: bytes | bytearray, stops: Sequence[bytes], begin: int = 0) -> int:
+    """Where the first stop string in a text begins, or -1.
+
+    Args:
+        text: All of it.
+        stops: None of them empty.
+        begin: Nothing before this has to be looked at.
+    """
+    return min((at for stop in stops if (at := text.find(stop, begin)) >= 0), default=-1)
+
+
+def open_end(text: bytes | bytearray, stops: Sequence[bytes]) -> int:
+    """How many bytes at the end of a text may be the beginning of a stop string that is not complete."""
+    longest = 0
+    for stop in stops:
+        for n in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:n]):
+                longest = n
+                break
+    return longest
