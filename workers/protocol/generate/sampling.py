@@ -275,7 +275,7 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     presence_penalty: float
     penalty_last_n: int
-    seed: int
+    seed: int | None
     min_tokens: int
     dynatemp_range: float
     dynatemp_exponent: float
