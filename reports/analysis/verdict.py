@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from crumplezone.reports.records.report import Exit, Outcome, Replay, Report, Verdict, VerdictKind
 
 _ENVIRONMENT = {
@@ -27,11 +29,13 @@ def from_ladder(report: Report) -> Verdict | None:
     if alone:
         some = ", ".join(map(str, alone[:8])) + (", ..." if len(alone) > 8 else "")
         return Verdict(VerdictKind.INPUT, f"sequence {some} crashed alone too")
-    if crashed and crashed <= _sequences(report, Outcome.OK, "safe", "token"):
-        rungs = {step.rung for step in report.ladder if step.outcome == Outcome.OK} & {"safe", "token"}
-        return Verdict(
-            VerdictKind.BATCH_ONLY, f"every sequence got its result on the rung {' or '.join(sorted(rungs))}"
-        )
+    if crashed and crashed <= _sequences(report, Outcome.OK):
+        if _went_on_together(report):
+            return Verdict(VerdictKind.FLAKY, "all sequences together got past it in another cell")
+        rungs = {step.rung for step in report.ladder if step.outcome == Outcome.OK}
+        how = sorted(f"on the rung {rung}" for rung in rungs & {"safe", "token"})
+        how += ["in a smaller batch"] if "native" in rungs else []
+        return Verdict(VerdictKind.BATCH_ONLY, f"every sequence got its result {' or '.join(how)}")
     return None
 
 
@@ -52,6 +56,20 @@ def verdict_after(report: Report, replay: Replay) -> Verdict | None:
     if replay.crashed > 0 and passed > 0 and not is_input:
         return Verdict(VerdictKind.FLAKY, f"crashed {replay.crashed} of {replay.runs} when repeated")
     return known
+
+
+def _went_on_together(report: Report) -> bool:
+    """Whether all of each batch that crashed was done together later, by the native rung."""
+    done: list[Counter[int]] = []
+    for step in reversed(report.ladder):
+        if step.rung != "native":
+            return False
+        batch = Counter(step.sequences)  # prompts that were submitted one by one have one number
+        if step.outcome == Outcome.OK:
+            done.append(batch)
+        elif not any(batch <= each for each in done):
+            return False
+    return True
 
 
 def _sequences(report: Report, outcome: Outcome, *rungs: str) -> set[int]:

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import msgspec
@@ -16,6 +15,7 @@ from crumplezone.reports.records.report import Evidence, Exit, Fault, Frame, Ste
 from crumplezone.sandbox.autopsy import observe
 from crumplezone.sandbox.autopsy.cfi.native import native_stack
 from crumplezone.sandbox.autopsy.classify import TAKEN, assertion, classify, fault_of, was_sent
+from crumplezone.sandbox.autopsy.incident import Findings
 from crumplezone.sandbox.autopsy.release import named_fault, release
 from crumplezone.sandbox.autopsy.sigframe.frame import SignalFrame, mend_null_call, read_signal_frame
 from crumplezone.sandbox.autopsy.stacks import take_stacks
@@ -51,6 +51,7 @@ class Death:
         held: It wrote to its fault pipe: it is inside its signal handler, or was a moment ago.
         condemned: It lives, and this is why it must not go on.
         at: CLOCK_MONOTONIC, nanoseconds.
+        findings: What will be known of it.
     """
 
     process: Process
@@ -61,6 +62,7 @@ class Death:
     condemned: tuple[Exit, str] | None = None
     at: int = field(default_factory=time.monotonic_ns)
     steps: list[Step] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
 
 
 @dataclass
@@ -103,7 +105,7 @@ def _step(death: Death, name: str, remedy: str = "") -> Iterator[list[str]]:
     death.steps.append(Step(name, not failure, elapsed, "; ".join(parts), remedy if failure else ""))
 
 
-def begin(death: Death) -> Future[Evidence]:
+def begin(death: Death) -> Findings:
     """Stop the cell now, and do the rest beside the caller, on a thread; the future always gets evidence.
 
     Where there is no thread, or what the dead hold would pile up, the caller does what is quick.
@@ -115,22 +117,24 @@ def begin(death: Death) -> Future[Evidence]:
                 death.drain.stopped |= "T" in states(death.process.pid)
         death.process.signal(signal.SIGSTOP)
     death.steps += death.process.refused
-    future: Future[Evidence] = Future()
+    findings = death.findings
     crowded, counted = TURNS.crowded, contextlib.ExitStack()
     counted.enter_context(TURNS.autopsy())  # before its thread runs: the next cell may lack what it holds now
 
     def examine(in_haste: str = "") -> None:
-        future.set_result(_autopsy(death, counted, in_haste=in_haste))
+        evidence = _autopsy(death, counted, in_haste=in_haste)
+        findings.tell(evidence.exit)
+        findings.set_result(evidence)
 
     if crowded:
         examine(crowded)
-        return future
+        return findings
     try:
         threading.Thread(target=examine, name=f"autopsy-{death.process.pid}").start()
     except (RuntimeError, MemoryError) as error:
         death.steps.append(_failed("autopsy", error, _MAY_START))
         examine("the caller waits")
-    return future
+    return findings
 
 
 def _autopsy(death: Death, counted: contextlib.ExitStack, *, in_haste: str) -> Evidence:
@@ -155,7 +159,7 @@ def _examine(death: Death, seen: _Seen, *, in_haste: str) -> None:
     if not (death.held or death.condemned):
         return
     if not in_haste:
-        time.sleep(_HEAD_START)
+        death.findings.wanted.wait(_HEAD_START)
     with _step(death, "stop"):
         _await_stop(process)
         death.drain.stop()  # what it said is read, and no more will come
@@ -231,6 +235,8 @@ def _look(death: Death, seen: _Seen) -> None:
             seen.frame = read_signal_frame(pid, calls, seen.maps)
             if seen.frame is None:
                 detail.append("no signal frame found on any thread")
+    if death.condemned or seen.frame:  # whatever else is found
+        death.findings.tell(_ending(death, None, seen.fault, (death.kills, death.kills))[0])
     if seen.frame:
         with _step(death, "callers", _MAY_LOOK) as detail:
             seen.native, ended = native_stack(pid, seen.maps, seen.frame)

@@ -41,6 +41,7 @@ class Attempt:
         rung: That is tried.
         sequences: That it is tried for.
         batch: What is being decoded; asked after a crash.
+        partial: It is only a part of what the rung has to do: done, it is no step yet.
 
     Attributes:
         error: What it failed with, or None. It keeps no traceback: with the frames, the arena of a dead cell
@@ -56,9 +57,11 @@ class Attempt:
         rung: str,
         sequences: list[int],
         batch: Callable[[], BatchRecord | None],
+        *,
+        partial: bool = False,
     ) -> None:
         self._reporter, self._job, self._cell = reporter, job, cell
-        self._rung, self._sequences, self._batch = rung, sequences, batch
+        self._rung, self._sequences, self._batch, self._partial = rung, sequences, batch, partial
         self.error: BaseException | None = None
         self.report: str | None = None
         self._start = 0.0
@@ -110,5 +113,6 @@ class Attempt:
             self.report = self._reporter.add(
                 self._job, incident, self._rung, self._batch(), cell.config, cell.known
             )
-        self._job.step(self._rung, outcome, self._sequences, self.problem, ms)
+        if error is not None or not self._partial:
+            self._job.step(self._rung, outcome, self._sequences, self.problem, ms)
         return error is not None

@@ -19,8 +19,13 @@ _STARTING = 60.0  # seconds in which starts may be killed as often as it takes: 
 
 
 def was_killed(died: CellDied) -> bool:
-    """Whether somebody else killed a cell. Waits for the autopsy."""
-    return Incident.of(died).evidence.result().exit is Exit.KILLED
+    """Whether somebody else killed a cell. Waits for the autopsy, until it knows how the cell ended."""
+    return Incident.of(died).exit() is Exit.KILLED
+
+
+def by_itself(died: CellDied) -> bool:
+    """Whether a cell died of its work, and of nothing that its surroundings did or lacked. Waits likewise."""
+    return Incident.of(died).exit() not in {Exit.KILLED, Exit.OOM, Exit.FAILED_START}
 
 
 class Deaths:

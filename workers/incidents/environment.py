@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -43,3 +44,12 @@ def environment(info: CellInfo | None) -> Environment:
     }
     variables = {name: value for name, value in os.environ.items() if VARIABLES.fullmatch(name)}
     return Environment(versions, cpu, flags, info.system_info if info else "", variables)
+
+
+def libraries() -> list[tuple[str, int, int]]:
+    """Name, size and time of what llama.cpp was built into, found without loading it."""
+    chosen = os.environ.get("LLAMA_CPP_LIB_PATH")  # as llama_cpp/llama_cpp.py has it
+    spec = importlib.util.find_spec("llama_cpp")
+    home = Path(chosen) if chosen else Path(spec.origin if spec and spec.origin else "").parent / "lib"
+    states = [(path.name, path.stat()) for path in sorted(home.glob("*.so"))]
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]

@@ -34,6 +34,7 @@ from crumplezone.reports.store.store import Store, new_id
 from crumplezone.reports.store.storm import Storm
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.host.errands import DELIVERY, BesideLog, Errands
+from crumplezone.workers.incidents.blame import Blame
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.incidents.job import JobRecord, _Crash
 from crumplezone.workers.model import file as model
@@ -72,10 +73,14 @@ class Reporter:
     Args:
         directory: The report store.
         redacted: Whether to keep tokens, prompt text and paths out of the reports.
+
+    Attributes:
+        blame: The prompts that are known to crash alone.
     """
 
     def __init__(self, directory: Path, *, redacted: bool = False) -> None:
         self.store = Store(directory)
+        self.blame = Blame(self.store)
         self._redacted = redacted
         self._storm = Storm(self.store.has)
         self._written = 0
@@ -171,10 +176,17 @@ class Reporter:
 
     def written(self, path: str | None) -> str | None:
         """The path of a report, for an error to name, once it is there; None if it could not be written."""
-        if path is None:
-            return None
-        self.flush()
-        return path if self.store.has(Path(path).name) else None
+        if path is not None:
+            self.flush()
+        return self.there(path)
+
+    def there(self, path: str | None) -> str | None:
+        """As `written`, of what nobody waits for: None if it is not there yet, too."""
+        return path if path and self.store.has(Path(path).name) else None
+
+    def tell(self, told: Callable[[], object]) -> None:
+        """Call something when all that was handed over is on disk, or has failed; it must not wait."""
+        self._errands.put(told)
 
     def close(self) -> None:
         """Write what is left, and end the thread. Log records are waited for, but not for long."""

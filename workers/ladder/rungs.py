@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -11,12 +12,34 @@ from crumplezone.reports.records.report import BatchRecord, Outcome
 from crumplezone.workers.batch.results import Rung, SequenceResult
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.incidents.attempt import Attempt
-from crumplezone.workers.incidents.deaths import KILLS_MAX, was_killed
+from crumplezone.workers.incidents.deaths import KILLS_MAX, by_itself, was_killed
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.calls import LadderCall
 
 _T = TypeVar("_T")
+_SAFE = (Rung.SAFE, Rung.TOKEN)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a sequence failed on every rung.
+
+    Attributes:
+        report: Where that of its latest crash will be, or None.
+        rc: What llama.cpp returned, if that was how the last rung failed.
+        poison: It crashed on each of the safe rungs, and nothing else is to blame.
+    """
+
+    seq_id: int
+    problem: str
+    report: str | None = None
+    rc: int | None = None
+    poison: bool = False
+
+    def error(self, report: str | None) -> SequenceError:
+        """For its caller; names the report if that is there."""
+        return SequenceError(self.seq_id, self.problem, report, self.rc)
 
 
 class SafeRungs:
@@ -36,14 +59,15 @@ class SafeRungs:
         results = []
         for seq_id in call.columns.sequences:
             alone = call.alone(seq_id)
-            rows, rung, error = self.attempt(seq_id, job, alone.run, alone.record)
+            rows, rung, failure = self.attempt(seq_id, job, alone.run, alone.record)
+            error = failure.error(self._reporter.written(failure.report)) if failure else None
             positions = alone.columns.positions[alone.columns.outputs]
             results.append(SequenceResult(seq_id, positions, rows, rung, error))
         return results
 
     def attempt(
         self, seq_id: int, job: JobRecord, work: Callable[[int], _T], batch: Callable[[int], BatchRecord]
-    ) -> tuple[_T | None, Rung, SequenceError | None]:
+    ) -> tuple[_T | None, Rung, Failure | None]:
         """Try one sequence on each safe rung in turn, and again if it failed where cells were killed.
 
         Args:
@@ -54,16 +78,17 @@ class SafeRungs:
         """
         if no_cell := self._no_cell(job):
             job.step(Rung.SAFE, Outcome.REFUSED, [seq_id], no_cell)
-            return None, Rung.SAFE, SequenceError(seq_id, no_cell)
+            return None, Rung.SAFE, Failure(seq_id, no_cell)
         for _ in range(KILLS_MAX):
             deaths: list[CellDied] = []
-            done, rung, error = self._descend(seq_id, job, work, batch, deaths)
+            done, rung, failure = self._descend(seq_id, job, work, batch, deaths)
             # Asked only of one that failed: until then, autopsies run beside the work.
-            if error is None or not any(was_killed(died) for died in deaths):
+            if failure is None or not any(was_killed(died) for died in deaths):
                 break
-        if error and deaths:
+        if failure and deaths:
             job.blamed.append(seq_id)
-        return done, rung, error
+            failure = replace(failure, poison=len(deaths) == len(_SAFE) and all(map(by_itself, deaths)))
+        return done, rung, failure
 
     def _descend(
         self,
@@ -72,10 +97,11 @@ class SafeRungs:
         work: Callable[[int], _T],
         batch: Callable[[int], BatchRecord],
         deaths: list[CellDied],
-    ) -> tuple[_T | None, Rung, SequenceError | None]:
+    ) -> tuple[_T | None, Rung, Failure | None]:
         """`attempt`, once; ``deaths`` is given those of the cells."""
         report = None
-        for rung, chunk in ((Rung.SAFE, self.client.n_batch), (Rung.TOKEN, 1)):
+        for rung in _SAFE:
+            chunk = self.client.n_batch if rung is Rung.SAFE else 1
             kept = partial(batch, chunk)
             with Attempt(self._reporter, job, self.client, rung, [seq_id], kept) as tried:
                 done = work(chunk)
@@ -83,8 +109,7 @@ class SafeRungs:
                 return done, rung, None
             deaths += [tried.died] if tried.died else []
             report = tried.report or report
-        named = self._reporter.written(report)
-        return None, Rung.TOKEN, SequenceError(seq_id, tried.problem, named, tried.rc)
+        return None, Rung.TOKEN, Failure(seq_id, tried.problem, report, tried.rc)
 
     def _no_cell(self, job: JobRecord) -> str:
         """Why no safe cell can be had, or an empty string. A job that was refused one asks no more."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ import msgspec
 
 from crumplezone.reports.store import files
 from crumplezone.sandbox.host.errands import BesideLog
-from crumplezone.workers.incidents.environment import environment
+from crumplezone.workers.incidents.environment import environment, libraries
+from crumplezone.workers.model.file import identity
 from crumplezone.workers.protocol.config import CellConfig
 from crumplezone.workers.protocol.width import Weighed
 
@@ -23,7 +23,6 @@ _FORMAT = 1
 _FILE = "width.json"
 _ENTRIES = 64  # the latest; an entry has under 2 kB
 _LIMIT = 2**18  # bytes of the file
-_HEAD = 2**16  # bytes of a model that are hashed: its metadata, or the better part of it
 
 _log = BesideLog(logging.getLogger("crumplezone"))
 
@@ -54,27 +53,16 @@ def key(config: CellConfig, *asked: object) -> str:
     Raises:
         OSError: The model cannot be read.
     """
-    with open(config.model, "rb") as file:  # a model of 40 GB is not hashed: size and time tell a new one
-        head, found = file.read(_HEAD), os.fstat(file.fileno())
     here = environment(None)
     parts = [
         _FORMAT,
-        (hashlib.sha256(head).hexdigest(), found.st_size, found.st_mtime_ns),
-        (here.versions["llama-cpp-python"], _libraries(), sorted(here.variables.items())),
+        identity(config.model),
+        (here.versions["llama-cpp-python"], libraries(), sorted(here.variables.items())),
         (here.cpu, here.cpu_flags, sorted(os.sched_getaffinity(0))),
         (config.n_gpu_layers, config.n_ubatch),
         asked,
     ]
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-
-
-def _libraries() -> list[tuple[str, int, int]]:
-    """Name, size and time of what llama.cpp was built into, found without loading it."""
-    chosen = os.environ.get("LLAMA_CPP_LIB_PATH")  # as llama_cpp/llama_cpp.py has it
-    spec = importlib.util.find_spec("llama_cpp")
-    home = Path(chosen) if chosen else Path(spec.origin if spec and spec.origin else "").parent / "lib"
-    states = [(path.name, path.stat()) for path in sorted(home.glob("*.so"))]
-    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
 def recall(name: str, widths: Sequence[int], threads: Sequence[int]) -> Found | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crumplezone.reports.analysis.verdict import verdict_after
+from crumplezone.reports.analysis.verdict import from_ladder, verdict_after
 from crumplezone.reports.records.report import Evidence, Exit, LadderStep, Outcome, Replay, VerdictKind
 from tests.support.decoders import report_of
 
@@ -35,3 +35,45 @@ def test_a_crash_that_comes_now_and_then_is_flaky(
     assert (verdict and verdict.kind) == kind
     if verdict and crashed and kind == VerdictKind.FLAKY:
         assert verdict.because == f"crashed {crashed} of 5 when repeated"
+
+
+def crashed(*sequences: int, rung: str = "native") -> LadderStep:
+    return LadderStep(rung, Outcome.CRASHED, list(sequences))
+
+
+def done(*sequences: int, rung: str = "native") -> LadderStep:
+    return LadderStep(rung, Outcome.OK, list(sequences))
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind", "because"),
+    [
+        (
+            [crashed(0, 1), done(0, 1)],
+            VerdictKind.FLAKY,
+            "all sequences together got past it in another cell",
+        ),
+        ([crashed(0, 1), crashed(0, 1), done(0, 1, 2)], VerdictKind.FLAKY, "all sequences together"),
+        ([done(0, 1), crashed(0, 1), done(0), done(1)], VerdictKind.BATCH_ONLY, "in a smaller batch"),
+        ([crashed(0, 1, 2), crashed(0, 1, 2), done(0, 1), done(2)], VerdictKind.BATCH_ONLY, "smaller batch"),
+        (
+            [crashed(0, 0), done(0), done(0)],
+            VerdictKind.BATCH_ONLY,
+            "got its result in a smaller",
+        ),
+        (
+            [crashed(0, 1, 2), done(0, 1), crashed(2, rung="safe"), done(2, rung="token")],
+            VerdictKind.BATCH_ONLY,
+            "every sequence got its result on the rung token or in a smaller batch",
+        ),
+        ([crashed(0, 1), done(0)], None, ""),
+        ([crashed(0, 1, 2), done(0, 1), crashed(2, rung="safe"), crashed(2, rung="token")], None, ""),
+    ],
+)
+def test_what_prompts_that_went_on_have_shown(
+    steps: list[LadderStep], kind: VerdictKind | None, because: str
+) -> None:
+    verdict = from_ladder(report_of(None, ladder=steps))
+    assert (verdict and verdict.kind) == kind
+    if verdict:
+        assert because in verdict.because

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -24,7 +23,7 @@ from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.workers.model.file import check_file
 from tests.support.decoders import descriptors
 from tests.support.processes.cells import die, spec
-from tests.support.processes.constrained import descriptors_used_up
+from tests.support.processes.constrained import descriptors_used_up, every_turn_taken
 from tests.support.processes.helpers import Helper, at_birth
 from tests.support.services.stunts import Echo, Stunt
 
@@ -56,14 +55,6 @@ def wait_for_line(turns: Turns, count: int) -> None:
     while len(turns._line) != count:
         assert time.monotonic() < end
         os.sched_yield()
-
-
-@contextlib.contextmanager
-def every_turn_taken(turns: Turns = TURNS) -> Iterator[None]:
-    with contextlib.ExitStack() as taken:
-        while turns._free:
-            assert taken.enter_context(turns.turn()) == ""
-        yield
 
 
 class Waiting:
@@ -134,6 +125,14 @@ def test_where_too_many_died_at_once_the_caller_does_what_is_quick() -> None:
         incident = lose()
         assert incident.evidence.done()
     assert "had died at once" in left_out(incident.evidence.result())
+
+
+def test_how_it_ended_is_known_before_its_stacks() -> None:
+    with every_turn_taken():
+        incident = lose()
+        assert incident.exit() is Exit.SIGNAL
+        assert not incident.evidence.done()
+    assert incident.evidence.result(BOUND).exit is Exit.SIGNAL
 
 
 def test_what_waits_holds_no_more_than_it_needs() -> None:

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from crumplezone.reports.records.report import Evidence
+from crumplezone.sandbox.autopsy.turns import TURNS, Turns
 
 # A grandchild: not the cell itself.
 STRANGER = "if not os.fork(): os.kill(os.getppid(), {0}); os._exit(0)\nlib.sleep(60)"
@@ -49,4 +50,13 @@ def descriptors_used_up(but: int) -> Iterator[None]:
         os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (fd + but, hard))
         taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        yield
+
+
+@contextlib.contextmanager
+def every_turn_taken(turns: Turns = TURNS) -> Iterator[None]:
+    """While the stacks of crashes have to wait."""
+    with contextlib.ExitStack() as taken:
+        while turns._free:
+            assert taken.enter_context(turns.turn()) == ""
         yield

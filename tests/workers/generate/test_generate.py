@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from crumplezone import Completion, Decoder, Rung
 from crumplezone.errors import CrumplezoneError, InputError, SequenceError, UsageError
+from crumplezone.reports.records.report import Exit, Outcome, VerdictKind
 from crumplezone.reports.store.store import Store
-from tests.support.decoders import PROMPTS, Dose, Open, outcome, reports_of
+from crumplezone.sandbox.autopsy import turns
+from tests.support.decoders import PROMPTS, Dose, Open, kill, outcome, reports_of
 from tests.support.native.decode_poison import Poison
+from tests.support.processes.constrained import every_turn_taken
 
 
 def test_generate_equals_one_prompt_at_a_time(smollm: Path, make: Open) -> None:
@@ -75,7 +79,7 @@ def test_one_poisoned_prompt_fails_alone(tiny: Path, make: Open, store: Store, d
     assert failed.finish_reason == "error"
     assert isinstance(failed.error, SequenceError)
     written = reports_of(decoder, store)
-    assert [report.rung for report in written] == ["native", "safe", "token"]
+    assert [report.rung for report in written] == [*["native"] * 3, "safe", "token"]  # 4, 4, 2, and alone
     assert set(failed.reports) == {str(store.path(report.id)) for report in written}
     assert all(report.blamed == [5] for report in written)
     for report in written:
@@ -119,6 +123,108 @@ def test_generate_without_fallback_fails_what_was_in_flight(tiny: Path, make: Op
     completions = list(decoder.generate(PROMPTS[:4], max_tokens=4))
     assert [c.finish_reason == "error" for c in completions] == [True, True, False, False]
     assert all(isinstance(c.error, CrumplezoneError) and c.reports for c in completions[:2])
+
+
+def test_a_poison_among_many_costs_the_others_few_crashes(
+    tiny: Path, make: Open, store: Store, dose: Dose
+) -> None:
+    first = make(tiny, 8)
+    undisturbed = list(first.generate(PROMPTS, max_tokens=40))
+    bad = int(first.tokenize(PROMPTS[2])[1])
+    dose(Poison(token=bad, position=1))
+    decoder = make(tiny, 8)
+    completions = list(decoder.generate(PROMPTS, max_tokens=40))
+    failed = completions.pop(2)
+    del undisturbed[2]
+    assert outcome(completions) == outcome(undisturbed)
+    assert {c.rung for c in completions} == {Rung.NATIVE}
+    assert max(len(c.reports) for c in completions) <= 4  # log2(8) + 1
+    written = reports_of(decoder, store)
+    assert len(written) == len(failed.reports) == 4 + 2  # and the safe rungs
+    for report in written:
+        assert report.result == "7 of 8 prompts in flight went on; failed: prompt 2"
+        assert report.verdict is not None
+        assert (report.verdict.kind, report.blamed) == (VerdictKind.INPUT, [2])
+
+
+def test_prompts_that_crash_only_together_all_get_their_texts(
+    tiny: Path, make: Open, store: Store, dose: Dose
+) -> None:
+    undisturbed = list(make(tiny, 6).generate(PROMPTS[:6], max_tokens=120))
+    dose(Poison(min_sequences=4))
+    decoder = make(tiny, 6)
+    completions = list(decoder.generate(PROMPTS[:6], max_tokens=120))
+    assert outcome(completions) == outcome(undisturbed)
+    assert {(c.error, c.rung) for c in completions} == {(None, Rung.NATIVE)}
+    written = reports_of(decoder, store)
+    assert 2 <= len(written) <= 5  # twice at first; when they meet again they part at once
+    verdicts = [report.verdict and report.verdict.kind for report in written]
+    assert set(verdicts) == {VerdictKind.BATCH_ONLY}
+    assert {report.result for report in written} == {"6 of 6 prompts in flight went on"}
+
+
+def test_a_crash_that_does_not_come_again_is_flaky(
+    tiny: Path, make: Open, store: Store, dose: Dose, tmp_path: Path
+) -> None:
+    dose(Poison(position=20, once=str(tmp_path / "crashed")))
+    decoder = make(tiny)
+    assert {c.error for c in decoder.generate(PROMPTS[:4], max_tokens=40)} == {None}
+    (report,) = reports_of(decoder, store)
+    assert report.verdict is not None
+    assert report.verdict.kind is VerdictKind.FLAKY
+    assert [(step.outcome, step.sequences) for step in report.ladder] == [
+        (Outcome.CRASHED, [0, 1, 2, 3]),
+        (Outcome.OK, [0, 1, 2, 3]),
+    ]
+
+
+def lane(decoder: Decoder, *gone: int) -> int:
+    """The process id of the one lane's cell, when it is none of these any more."""
+    end = time.monotonic() + 60
+    while not (pids := set(decoder.processes["lanes"]) - {*gone}):
+        assert time.monotonic() < end
+        os.sched_yield()
+    return pids.pop()
+
+
+def test_kills_isolate_nobody(tiny: Path, make: Open, store: Store) -> None:
+    undisturbed = list(make(tiny).generate(PROMPTS[:4], max_tokens=230))
+    decoder = make(tiny)
+    streams = [decoder.submit_prompt(prompt, max_tokens=230) for prompt in PROMPTS[:4]]
+    readers = [iter(stream) for stream in streams]
+    texts = [next(reader) for reader in readers]
+    gone: list[int] = []
+    for _ in range(3):
+        gone.append(lane(decoder, *gone))
+        kill(gone[-1])
+    texts = [text + "".join(reader) for text, reader in zip(texts, readers, strict=True)]
+    assert texts == [c.text for c in undisturbed]
+    assert {stream.result().rung for stream in streams} == {Rung.NATIVE}
+    written = reports_of(decoder, store)
+    assert any(len(report.ladder) > 1 for report in written)
+    for report in written:
+        assert (report.evidence.exit, report.rung) == (Exit.KILLED, "native")
+        assert {len(step.sequences) for step in report.ladder} <= {4, 0}  # 0: it had nothing to do any more
+
+
+def test_nobody_waits_for_the_stacks_of_a_crash_but_the_error_that_names_its_report(
+    tiny: Path, make: Open, dose: Dose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "_PATIENCE", 600.0)
+    first = make(tiny)
+    undisturbed = list(first.generate(PROMPTS[:4], max_tokens=40))
+    dose(Poison(token=int(first.tokenize(PROMPTS[1])[1]), position=1))
+    decoder = make(tiny)
+    streams = [decoder.submit_prompt(prompt, max_tokens=40) for prompt in PROMPTS[:4]]
+    with every_turn_taken():
+        for n in (0, 2, 3):
+            assert streams[n].result(60).text == undisturbed[n].text
+        assert not streams[1].done()
+        assert decoder.submit_prompt(PROMPTS[0], max_tokens=40).result(60).text == undisturbed[0].text
+    error = streams[1].result(60).error
+    assert isinstance(error, SequenceError)
+    assert error.report is not None
+    assert Path(error.report, "report.json").exists()
 
 
 def test_a_prompt_is_not_blamed_for_a_cell_that_was_killed_before_it(tiny: Path, make: Open) -> None:

@@ -41,6 +41,11 @@ class Running:
         """The tokens that were delivered."""
         return self.job.made.tokens
 
+    @property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """All of them, int32, shape (n,)."""
+        return np.concatenate([self.prompt_tokens, np.array(self.produced, np.int32)])
+
     def take(self, progress: Progress) -> None:
         """Add what came back."""
         self.problem = progress.problem
@@ -54,7 +59,7 @@ class Running:
 
     def join(self) -> Joining:
         """Ask to continue from the last token that was delivered."""
-        tokens = np.concatenate([self.prompt_tokens, np.array(self.produced, np.int32)])
+        tokens = self.tokens
         request, made = self.job.request, self.job.made
         told = request.logprobs is not None
         chosen = 0 if request.made > request.n else -1  # by these the best are chosen
