@@ -21,7 +21,7 @@ from crumplezone.workers.chat.tools import Tools, answer_grammar, answer_schema,
 from crumplezone.workers.generate.requests.jobs import Stream
 from crumplezone.workers.protocol.generate.sampling import SamplingOptions
 from crumplezone.workers.protocol.text import SpecialTokens
-from crumplezone.workers.text.texts import Texts
+from crumplezone.workers.text.texts import Texts, Tokens
 
 _OWN = {"messages", "tools", "tool_choice", "bos_token", "eos_token", "raise_exception", "strftime_now"}
 _WITH_TOOLS = "tool_use"  # the name that models give to a second template, for requests with tools
@@ -64,9 +64,7 @@ class Chats:
         with self._turn.passing():
             return self._open_texts().tokenize(text, add_special=add_special, parse_special=special)
 
-    def detokenize(
-        self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], *, special: bool = True
-    ) -> str:
+    def detokenize(self, tokens: Tokens, *, special: bool = True) -> str:
         """The text of tokens. What is no UTF-8 becomes U+FFFD. It waits for no other call.
 
         Args:

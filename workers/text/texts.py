@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import queue
+import reprlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from crumplezone.errors import CellDied, CellRefused, InputError, TokenError
 from crumplezone.reports.records.report import Exit
@@ -29,6 +31,7 @@ _KNOWN = 64  # grammars
 _TOKENS_MAX = 2**24
 _SAID = 1000  # characters of a cell's own words
 
+Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 _T = TypeVar("_T")
 
 
@@ -67,7 +70,7 @@ class Texts:
         work = functools.partial(TextClient.to_tokens, add_special=add_special, parse_special=parse_special)
         return self._run(lambda client: work(client, raw), "tokenize")
 
-    def detokenize(self, tokens: Sequence[int] | Int32, *, special: bool) -> str:
+    def detokenize(self, tokens: Tokens, *, special: bool) -> str:
         """See `Decoder.detokenize`."""
         ids = self._ids(tokens)
         text = self._run(lambda client: client.to_text(ids, special=special), "detokenize")
@@ -165,7 +168,7 @@ class Texts:
         try:
             return self._run(work, "run a template" if field == "messages" else "read a grammar")
         except CellRefused as refused:
-            raise InputError(field, value, f"{problem}: {str(refused)[:_SAID]}") from refused
+            raise InputError(field, reprlib.repr(value), f"{problem}: {str(refused)[:_SAID]}") from refused
         except CellDied as died:
             evidence = Incident.of(died).evidence.result()
             if evidence.exit is Exit.KILLED:
@@ -173,7 +176,8 @@ class Texts:
             deadline = self._clients[0].program_deadline
             hung = f"that did not end within {deadline:g} seconds"
             how = hung if evidence.exit is Exit.HANG else "that cost the cell which tried it its life"
-            raise InputError(field, value, f"{problem}: {how}; there is a crash report of it") from died
+            limit = f"{problem}: {how}; there is a crash report of it"
+            raise InputError(field, reprlib.repr(value), limit) from died
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[TextClient]:
@@ -185,7 +189,7 @@ class Texts:
             self._idle.append(client)
             self._turns.put(None)
 
-    def _ids(self, tokens: Sequence[int] | Int32) -> Int32:
+    def _ids(self, tokens: Tokens) -> Int32:
         """Checked token ids.
 
         Raises:
@@ -236,7 +240,7 @@ def encoded(field: str, value: object, most: int = BYTES_MAX) -> bytes:
         try:  # with surrogates as JSON escapes them
             raw = json.dumps(value, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(field, value, f"must be JSON: {error}") from error
+            raise InputError(field, reprlib.repr(value), f"must be JSON: {error}") from error
     if len(raw) > most:
         raise InputError(f"number of bytes of {field}", len(raw), f"must be at most {most}")
     return raw

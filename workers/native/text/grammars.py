@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp.llama_cpp as C  # noqa: N812 - the C API
-from llama_cpp.llama_grammar import BuiltinRule, SchemaConverter
+import llama_cpp.llama_grammar
 
-# The original's allows raw control characters, which JSON does not (RFC 8259, section 7).
-_CHAR = BuiltinRule(
+original: Any = llama_cpp.llama_grammar  # its own types are incomplete
+# Its own allows raw control characters, which JSON does not (RFC 8259, section 7).
+_CHAR = original.BuiltinRule(
     r'[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F] [0-9a-fA-F] [0-9a-fA-F] [0-9a-fA-F])'
 )
 
@@ -25,7 +26,7 @@ class UnusableError(Exception):
     """A grammar or a schema that cannot be used."""
 
 
-class _Converter(SchemaConverter):  # type: ignore[misc]
+class _Converter(original.SchemaConverter):  # type: ignore[misc]
     """The original, with what it does wrong put right."""
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class _Converter(SchemaConverter):  # type: ignore[misc]
         # The original leaves backslashes as they are, and the next letter would be taken for an escape.
         return str(super()._format_literal(literal.replace("\\", "\\\\")))
 
-    def _add_primitive(self, name: str, rule: BuiltinRule) -> str:
+    def _add_primitive(self, name: str, rule: Any) -> str:
         return str(super()._add_primitive(name, _CHAR if name == "char" else rule))
 
     def _resolve_ref(self, ref: str) -> str:
