@@ -106,7 +106,7 @@ def make(store: Store) -> Iterator[Open]:
         settings: dict[str, Any] = {"n_threads": 1, "reports": store.directory} | options
         made.append(Decoder(model, n_ctx=n_ctx_seq * n_seq, n_seq_max=n_seq, **settings))
         if awake:
-            made[-1].tokenize("a")  # have its cell running
+            made[-1]._native.start()  # have its cell running
         return made[-1]
 
     yield open_decoder

@@ -14,9 +14,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellDied, InputError, check_integer
+from crumplezone.errors import check_integer
 from crumplezone.reports.store.store import directory_of
-from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.batch import Batch
 from crumplezone.workers.batch.call import DecodeOptions
@@ -27,12 +26,12 @@ from crumplezone.workers.batch.validate import Level, MemoryState, validate
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.cells.turn import Turn, in_turn
+from crumplezone.workers.chat.front import Chats
 from crumplezone.workers.embed.embedder import Embedder, Embeddings
 from crumplezone.workers.generate.lanes.pool import Plan
 from crumplezone.workers.generate.pools import Pools
 from crumplezone.workers.generate.prompts import Prompts
 from crumplezone.workers.generate.requests.jobs import BatchJob
-from crumplezone.workers.incidents.deaths import retried
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.ladder import Ladder
 from crumplezone.workers.ladder.rungs import SafeRungs
@@ -42,13 +41,14 @@ from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.settings import N_UBATCH, capacity, configure
 from crumplezone.workers.protocol.config import INT32_MAX, CellInfo
+from crumplezone.workers.text.texts import Texts
 
 _N_SEQ_MAX = 4  # sequences of a batch, where nobody says
 _WORKERS_MAX = 256
 _QUEUE_MAX = 2**20
 
 
-class Decoder(Prompts):
+class Decoder(Prompts, Chats):
     """Native batch decoding in a supervised cell, with a safe fallback and crash reports.
 
     Calls are serialised: several threads may use one decoder. Close it, or use it as a context manager.
@@ -141,6 +141,7 @@ class Decoder(Prompts):
         self._embedder: Embedder | None = None
         try:
             self._native.probe()
+            self._texts = Texts(self._cells, config, self._native.info)
         except BaseException:
             self.close()
             raise
@@ -163,7 +164,7 @@ class Decoder(Prompts):
 
     @property
     def processes(self) -> dict[str, list[int]]:
-        """Process ids: of the "zygote", the cells of "memory", "lanes" and "embeddings", and "spares"."""
+        """Process ids: "zygote", cells of "memory", "lanes", "embeddings" and "texts", "spares"."""
         lanes = self._pools.clients
         with self._turn.passing():
             spares = [client.spare_pids for client in (self._native, *lanes)]
@@ -173,26 +174,9 @@ class Decoder(Prompts):
             "memory": _known(self._native),
             "lanes": _known(*lanes),
             "embeddings": _known(self._embedder),
+            "texts": self._texts.pids if self._texts else [],
             "spares": [pid for pids in spares for pid in pids],
         }
-
-    @in_turn
-    def tokenize(self, text: str) -> npt.NDArray[np.int32]:
-        """Token ids of a text, int32, shape (n,), with the model's special tokens.
-
-        Raises:
-            CellDied: The tokenizer crashed.
-            ModelError: The cell had died and the model cannot be loaded again.
-        """
-        if not isinstance(text, str):
-            raise InputError("text", text, "must be a str")
-
-        def tell(died: CellDied, again: bool) -> None:
-            result = "it was asked again in a new cell" if again else "the tokenizer failed"
-            config, info = self._native.config, self._native.known
-            self._reporter.file_lone(Incident.of(died), "tokenize", result, config, info)
-
-        return retried(lambda: self._native.tokenize(text), tell)
 
     @property
     def memory(self) -> Memory:
@@ -369,6 +353,8 @@ class Decoder(Prompts):
             stack.callback(self._native.close)
             if self._embedder:
                 stack.callback(self._embedder.close)
+            if self._texts:
+                stack.callback(self._texts.close)
             for pool in pools:
                 stack.callback(pool.close)
             if self._turn.broken:  # what it has started or is starting first, for its thread waits

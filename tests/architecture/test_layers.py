@@ -22,7 +22,7 @@ ORDER = {
     "sandbox": ("host", "ipc", "process", "child", "autopsy", "cells"),
     "workers": (
         *("protocol", "native", "batch", "model", "incidents", "cells"),
-        *("memory", "width", "ladder", "embed", "generate", "llama", "decoder"),
+        *("memory", "width", "ladder", "embed", "text", "generate", "chat", "llama", "decoder"),
     ),
 }
 INDEPENDENT = {"diagnostics"}  # its folders do not import each other

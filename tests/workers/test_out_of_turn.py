@@ -88,7 +88,6 @@ def children() -> list[psutil.Process]:
 CALLS: dict[str, Callable[[Decoder], object]] = {
     "decode": lambda d: d.decode(BATCH),
     "encode": lambda d: d.encode(BATCH),
-    "tokenize": lambda d: d.tokenize("a"),
     "embed": lambda d: d.embed(["a"]),
     "memory": lambda d: d.memory.clear(),
     "resize": lambda d: d.resize(n_ctx=1024),

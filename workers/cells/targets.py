@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["decode", "embed", "width", "llama"]
+Kind = Literal["decode", "embed", "text", "width", "llama"]
 Seed = Literal["context", "llama"]
 
 TARGETS: dict[Kind, str] = {
     "decode": "crumplezone.workers.native.decode_cell:DecodeCell",
     "embed": "crumplezone.workers.native.embed_cell:EmbedCell",
+    "text": "crumplezone.workers.native.text.cell:TextCell",
     "width": "crumplezone.workers.native.width_cell:WidthCell",
     "llama": "crumplezone.workers.native.llama.cell:LlamaCell",
 }

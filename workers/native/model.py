@@ -135,8 +135,8 @@ class Seed:
         return self.described
 
 
-def load_model(file: ModelFile, room: Room) -> Model:
-    """Load a model. Nothing is computed, and no thread is left.
+def load_model(file: ModelFile, room: Room, *, vocab_only: bool = False) -> Model:
+    """Load a model, or its vocabulary and metadata alone. Nothing is computed, and no thread is left.
 
     Raises:
         LoadError: llama.cpp could not; the message is its own.
@@ -144,7 +144,7 @@ def load_model(file: ModelFile, room: Room) -> Model:
     native_logs = NativeLogs(room)
     C.llama_backend_init()
     params = C.llama_model_default_params()
-    params.n_gpu_layers = file.n_gpu_layers
+    params.n_gpu_layers, params.vocab_only = file.n_gpu_layers, vocab_only
     with room.recorder.phase("load"):
         pointer = C.llama_model_load_from_file(file.model.encode(), params)
     if not pointer:
@@ -212,7 +212,7 @@ def preload(config: msgspec.Raw, room: Room) -> Seed:
     return Seed(model, described)
 
 
-def model_of(preloaded: Any, model: str, n_gpu_layers: int, room: Room) -> Model:
+def model_of(preloaded: Any, model: str, n_gpu_layers: int, room: Room, *, vocab_only: bool = False) -> Model:
     """The model of a cell: the one that its zygote has loaded, if it is the same, else a new one.
 
     Args:
@@ -220,6 +220,7 @@ def model_of(preloaded: Any, model: str, n_gpu_layers: int, room: Room) -> Model
         model: Path.
         n_gpu_layers: As ``llama_model_params`` has it.
         room: The cell's.
+        vocab_only: Whether the vocabulary and the metadata of a new one are enough.
 
     Raises:
         LoadError: As `load_model`.
@@ -227,4 +228,4 @@ def model_of(preloaded: Any, model: str, n_gpu_layers: int, room: Room) -> Model
     file = ModelFile(model, n_gpu_layers)
     if isinstance(preloaded, Seed) and preloaded.model.file == file:
         return replace(preloaded.model, native_logs=NativeLogs(room))
-    return load_model(file, room)
+    return load_model(file, room, vocab_only=vocab_only)

@@ -25,7 +25,6 @@ from tests.support.decoders import (
     Open,
     assert_equal_logits,
     fork,
-    kill,
     outcome,
     reports_of,
     say,
@@ -333,13 +332,6 @@ def test_an_error_comes_after_the_report_that_it_names(tiny: Path, make: Open, d
     )
     assert stream.result(60).error
     assert seen.result(60) == [True] * 3
-
-
-def test_an_idle_cell_that_dies_costs_the_tokenizer_nothing(tiny: Path, make: Open) -> None:
-    decoder = make(tiny, 1)
-    before = decoder.tokenize("abc").tolist()
-    kill(decoder)
-    assert decoder.tokenize("abc").tolist() == before
 
 
 def test_a_context_of_another_size_holds_for_prompts_and_texts(tiny: Path, make: Open) -> None:

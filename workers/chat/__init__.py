@@ -1,0 +1,1 @@
+"""Chat: messages checked and rendered; reasoning and tool calls found in what the model says."""

@@ -1,0 +1,1 @@
+"""Child side: a vocabulary without a context: tokens, chat templates, grammars."""
