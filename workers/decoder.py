@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
-import os
-import threading
-import weakref
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from crumplezone.errors import CellDied, InputError, check_integer, check_texts
+from crumplezone.errors import CellDied, InputError, check_integer
 from crumplezone.reports.store.store import directory_of
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.zygote import Zygote
-from crumplezone.sandbox.host.threads import Task, apart
 from crumplezone.workers.batch.batch import Batch
 from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ, Columns, Int32
@@ -32,10 +28,10 @@ from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.cells.turn import Turn, in_turn
 from crumplezone.workers.embed.embedder import Embedder, Embeddings
-from crumplezone.workers.generate.lanes.pool import Plan, Pool
-from crumplezone.workers.generate.requests.complete import complete, in_order, wrong
-from crumplezone.workers.generate.requests.completion import Completion
-from crumplezone.workers.generate.requests.jobs import BatchJob, Job, PromptJob, Stream
+from crumplezone.workers.generate.lanes.pool import Plan
+from crumplezone.workers.generate.pools import Pools
+from crumplezone.workers.generate.prompts import Prompts
+from crumplezone.workers.generate.requests.jobs import BatchJob
 from crumplezone.workers.incidents.deaths import retried
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.ladder import Ladder
@@ -47,13 +43,13 @@ from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.model.parameters import ContextOptions
 from crumplezone.workers.model.settings import N_UBATCH, capacity, configure
 from crumplezone.workers.protocol.config import INT32_MAX, CellInfo
-from crumplezone.workers.protocol.generate.sampling import Sampling, SamplingOptions
 
 _N_SEQ_MAX = 4  # sequences of a batch, where nobody says
 _WORKERS_MAX = 256
+_QUEUE_MAX = 2**20
 
 
-class Decoder:
+class Decoder(Prompts):
     """Native batch decoding in a supervised cell, with a safe fallback and crash reports.
 
     Calls are serialised: several threads may use one decoder. Close it, or use it as a context manager.
@@ -69,6 +65,7 @@ class Decoder:
             a worker's share of the cores.
         n_gpu_layers: Layers to offload.
         workers: Cells that complete prompts and decode submitted batches side by side.
+        queue_size: Most requests and batches that wait for them.
         start: How cells are started: "zygote" (forked from a process that has loaded the model), "spawn"
             (each loads it), or "auto": "spawn" with layers to offload, and where forking is not safe.
         spares: Warm cells that wait to take over from one that dies. None: 1, or 0 if each would load the
@@ -101,6 +98,7 @@ class Decoder:
         n_threads: int = 0,
         n_gpu_layers: int = 0,
         workers: int = 1,
+        queue_size: int = 4096,
         start: Start = "auto",
         spares: int | None = None,
         safe_fallback: bool = True,
@@ -114,6 +112,7 @@ class Decoder:
     ) -> None:
         check_integer("checkpoint_every", checkpoint_every, 0, INT32_MAX)
         check_integer("workers", workers, 1, _WORKERS_MAX)
+        check_integer("queue_size", queue_size, 1, _QUEUE_MAX)
         check_integer("n_seq_max", n_seq_max, 0, LLAMA_MAX_SEQ, " (LLAMA_MAX_SEQ)")
         config = configure(
             model,
@@ -127,14 +126,13 @@ class Decoder:
         )
         limits = Limits(deadline, memory_limit)
         self._turn = Turn("decoder")
-        self._pooling = threading.Lock()
         self._reporter = reporter = Reporter(directory_of(reports), redacted=redact)
         self._cells = Cells.of(config, limits, reporter, start, spares)
         self._native = self._cells.decode_client(config)
         self._session = MemorySession(self._native, reporter, checkpoint_every)
         self._safe_rungs = SafeRungs(self._native, reporter) if safe_fallback else None
         self._ladder = Ladder(self._session, self._safe_rungs, reporter, preflight=preflight)
-        self._plan = Plan(
+        plan = Plan(
             config=config,
             cells=self._cells,
             workers=workers,
@@ -142,9 +140,9 @@ class Decoder:
             n_threads=n_threads,
             safe_fallback=safe_fallback,
             preflight=preflight,
+            queue_size=queue_size,
         )
-        self._pools: list[Pool] = []  # the last one takes jobs, those before it finish theirs
-        weakref.finalize(self, Task[None]().begin, partial(_abandon, self._pools, os.getpid()), "close-pools")
+        self._pools = Pools(plan, self._turn)
         self._embedder: Embedder | None = None
         try:
             self._native.probe()
@@ -171,7 +169,7 @@ class Decoder:
     @property
     def processes(self) -> dict[str, list[int]]:
         """Process ids: of the "zygote", the cells of "memory", "lanes" and "embeddings", and "spares"."""
-        lanes = [client for pool in self._pools for client in pool.clients]
+        lanes = self._pools.clients
         with self._turn.passing():
             spares = [client.spare_pids for client in (self._native, *lanes)]
             spares += [self._embedder.spare_pids] if self._embedder else []
@@ -292,7 +290,7 @@ class Decoder:
         sizes = {name: size for name, size in given.items() if size is not None}
         changed = configure(config.model, **config.parameters() | sizes)
         self._session.resize(changed.n_ctx, changed.n_seq_max)
-        self._plan = dataclasses.replace(self._plan, config=self._native.config)
+        self._pools.change(config=self._native.config)
         embedder, self._embedder = self._embedder, None
         if embedder:
             embedder.close()
@@ -315,7 +313,7 @@ class Decoder:
             InputError: A file is no adapter of this model, or a value is out of range. Nothing is changed.
         """
         self._session.adapt(Adapters.checked(lora or {}, control, layers, self._native.info.n_embd))
-        self._plan = dataclasses.replace(self._plan, adapters=self._session.adapters)
+        self._pools.change(adapters=self._session.adapters)
 
     def submit(self, batch: Batch | object, *, embeddings: bool = False) -> Future[Result]:
         """Decode a batch from empty memory in the next free worker; the decoder's own memory is not used.
@@ -329,61 +327,14 @@ class Decoder:
 
         Raises:
             InputError: The batch does not fit the model or the context.
+            QueueFullError: Too many jobs wait already.
         """
         nothing = MemoryState.empty(self.n_seq_max)
         columns = self._copied(batch, nothing.next_positions, "strict")
         validate(columns, capacity(self.info, self._native.config, embeddings=embeddings), nothing)
         job = BatchJob(columns, DecodeOptions(embeddings=embeddings))
-        self._put(job)
+        self._pools.put([job])
         return job.future
-
-    def submit_prompt(self, prompt: str, **sampling: Unpack[SamplingOptions]) -> Stream:
-        """Complete a prompt, together with those that are in flight.
-
-        Args:
-            prompt: The text, not empty.
-            sampling: Fields of `Sampling`.
-
-        Returns:
-            A future of the `Completion`; iterate over it for the text as it comes. It can be cancelled.
-
-        Raises:
-            InputError: The prompt is no text or empty, or a parameter is out of range.
-        """
-        if problem := wrong(prompt, "prompt"):
-            raise problem
-        job = PromptJob(0, prompt, Sampling(**sampling))
-        self._put(job)
-        return job.future
-
-    def generate(
-        self, prompts: Iterable[str], *, ordered: bool = True, **sampling: Unpack[SamplingOptions]
-    ) -> Generator[Completion, None, None]:
-        """Complete prompts, many at a time; a place that falls free is taken by the next prompt.
-
-        Args:
-            prompts: Texts; an iterator is read as places fall free, in this thread: while it blocks, nothing
-                is yielded. What it raises comes after the completions of the prompts before.
-            ordered: Yield in the order of the prompts, else as they finish.
-            sampling: Fields of `Sampling`. The same seed gives the same text, crash or no crash, but for
-                rounding: batches of other shapes may decide between two tokens that are as likely.
-
-        Yields:
-            One `Completion` per prompt. What fails alone, or is no text, has its ``error`` set.
-
-        Raises:
-            InputError: A parameter is out of range.
-        """
-        check_texts("prompts", prompts)
-        finished = self.complete(enumerate(prompts), Sampling(**sampling))
-        return in_order(finished) if ordered else finished
-
-    def complete(
-        self, prompts: Iterable[tuple[int, str]], sampling: Sampling
-    ) -> Generator[Completion, None, None]:
-        """`generate` for prompts that have numbers of their own, each another; yields as they finish."""
-        self._turn.check_open()
-        return complete(lambda: self._pool().places, self._put, prompts, sampling)
 
     def flush_reports(self) -> None:
         """Wait until the reports of all crashes and kills that were noticed so far are on disk."""
@@ -407,9 +358,16 @@ class Decoder:
     ) -> None:
         self.close()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
     def _release(self) -> None:
-        with self._pooling:  # there are no more then
-            pools = list(self._pools)
+        pools = self._pools.close()  # there are no more then
         with contextlib.ExitStack() as stack:  # from the last: each is done, whatever the others raise
             stack.callback(self._cells.close)  # it reaps those that are being examined
             stack.callback(self._reporter.close)
@@ -422,30 +380,6 @@ class Decoder:
                 stack.callback(self._native.close)
                 stack.callback(self._cells.stop)
 
-    def _put(self, job: Job) -> None:
-        with self._turn.passing():
-            while not self._pool().put(job):  # it was retired in between
-                pass
-
-    def _pool(self) -> Pool:
-        """The lanes that take jobs."""
-        self._turn.check_open()
-        current = self._pools[-1] if self._pools else None
-        return current if current and self._takes_jobs(current) else apart(self._new_pool)
-
-    def _takes_jobs(self, pool: Pool) -> bool:
-        return not pool.failure and pool.plan is self._plan
-
-    def _new_pool(self) -> Pool:
-        with self._pooling:
-            self._turn.check_open()
-            if not (self._pools and self._takes_jobs(self._pools[-1])):
-                old = [pool for pool in self._pools if not pool.ended]
-                self._pools[:] = [*old, Pool(self._plan)]
-                for pool in old:
-                    pool.retire()
-            return self._pools[-1]
-
     def _columns(self, batch: object, level: Level) -> Columns:
         return self._copied(batch, self._session.pos_max + 1, level)
 
@@ -456,13 +390,6 @@ class Decoder:
         if isinstance(batch, Batch):
             return batch.columns(follows)
         return read_llama_batch(batch, n_embd=self.info.n_embd_inp, next_positions=follows, level=level)
-
-
-def _abandon(pools: list[Pool], owner: int) -> None:
-    if os.getpid() != owner:  # a fork inherited them, and locks that other threads hold
-        return
-    for pool in pools:
-        pool.abandon()
 
 
 def _known(*owners: Zygote | DecodeClient | Embedder | None) -> list[int]:

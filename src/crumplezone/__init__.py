@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from crumplezone.errors import ModelError as ModelError
     from crumplezone.errors import NotShownError as NotShownError
     from crumplezone.errors import PositionError as PositionError
+    from crumplezone.errors import QueueFullError as QueueFullError
     from crumplezone.errors import ReportError as ReportError
     from crumplezone.errors import SequenceError as SequenceError
     from crumplezone.errors import SequenceIdError as SequenceIdError
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from crumplezone.workers.decoder import Decoder as Decoder
     from crumplezone.workers.embed.embedder import Embeddings as Embeddings
     from crumplezone.workers.generate.requests.completion import Completion as Completion
-    from crumplezone.workers.generate.requests.jobs import Stream as Stream
+    from crumplezone.workers.generate.requests.request import Request as Request
+    from crumplezone.workers.generate.requests.stream import Stream as Stream
     from crumplezone.workers.ladder.safe_batch import SafeBatchProcessor as SafeBatchProcessor
     from crumplezone.workers.llama.llama import Llama as Llama
     from crumplezone.workers.llama.objects import LlamaGrammar as LlamaGrammar
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from crumplezone.workers.llama.objects import LogitsProcessorList as LogitsProcessorList
     from crumplezone.workers.llama.objects import StoppingCriteriaList as StoppingCriteriaList
     from crumplezone.workers.model.file import embedded_model as embedded_model
+    from crumplezone.workers.protocol.generate.messages import Logprob as Logprob
 
     __version__: str
 
@@ -51,13 +54,22 @@ if TYPE_CHECKING:
 _NAMES = {
     "errors": (
         *("BatchError", "BatchFullError", "CellDied", "CellRefused", "ContextError", "CrumplezoneError"),
-        *("InputError", "MemoryLostError", "ModelError", "NotShownError", "PositionError", "ReportError"),
-        *("SequenceError", "SequenceIdError", "ShortageError", "TokenError", "UsageError"),
+        *("InputError", "MemoryLostError", "ModelError", "NotShownError", "PositionError"),
+        *(
+            "QueueFullError",
+            "ReportError",
+            "SequenceError",
+            "SequenceIdError",
+            "ShortageError",
+            "TokenError",
+            "UsageError",
+        ),
     ),
     "workers.batch.batch": ("Batch",),
     "workers.decoder": ("Decoder",),
     "workers.embed.embedder": ("Embeddings",),
-    "workers.generate.requests.jobs": ("Stream",),
+    "workers.generate.requests.request": ("Request",),
+    "workers.generate.requests.stream": ("Stream",),
     "workers.llama.llama": ("Llama",),
     "workers.llama.objects": (
         *("LlamaGrammar", "LlamaPromptLookupDecoding", "LlamaRAMCache"),
@@ -67,6 +79,7 @@ _NAMES = {
     "workers.batch.results": ("Result", "Rung"),
     "workers.generate.requests.completion": ("Completion",),
     "workers.ladder.safe_batch": ("SafeBatchProcessor",),
+    "workers.protocol.generate.messages": ("Logprob",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("errors", "lowlevel")

@@ -133,6 +133,22 @@ class ShortageError(CrumplezoneError):
         super().__init__(f"{needed} could not be had ({problem}): free memory or descriptors, and try again")
 
 
+class QueueFullError(CrumplezoneError):
+    """A request that finds no room among those that wait. Nothing was begun.
+
+    Attributes:
+        waiting: How many jobs wait.
+        size: The most that may (`Decoder(queue_size=...)`).
+    """
+
+    def __init__(self, waiting: int, size: int, more: int = 1) -> None:
+        super().__init__(
+            f"{waiting} jobs wait, and queue_size is {size}: there is no room for {more} more. Try again "
+            "when some are done, or make the decoder with a larger queue_size"
+        )
+        self.waiting, self.size = waiting, size
+
+
 class SequenceError(CrumplezoneError):
     """One sequence that no rung of the ladder could decode; the others of its batch were returned.
 

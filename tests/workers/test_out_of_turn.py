@@ -203,6 +203,7 @@ def test_the_iterator_of_prompts_may_close(tiny: Path, make: Open) -> None:
 
     with pytest.raises(UsageError, match="closed"):
         list(decoder.generate(prompts(), max_tokens=200))
+    decoder.close()  # it was begun on another thread
     assert children() == []
 
 

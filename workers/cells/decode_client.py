@@ -191,8 +191,13 @@ class DecodeClient(CellClient[CellInfo]):
         except CellRefused as refused:
             raise InputError("adapters", paths or "control vector", str(refused)) from refused
 
-    def tokenize(self, prompt: str) -> npt.NDArray[np.int32]:
-        """Token ids of a prompt, int32, with the model's special tokens.
+    def tokenize(self, prompt: str, *, special: bool = True, begin: bool = True) -> npt.NDArray[np.int32]:
+        """Token ids of a prompt, int32.
+
+        Args:
+            prompt: The text.
+            special: What is written like a special token becomes one.
+            begin: With the tokens that the model wants around a text (BOS).
 
         Raises:
             CellDied: The cell was lost.
@@ -202,7 +207,7 @@ class DecodeClient(CellClient[CellInfo]):
         cell.reserve([("i4", len(raw) + 16)])  # the tokens come back in the text's place
         (room,) = cell.arrays([("u1", len(raw))])
         room[:] = np.frombuffer(raw, np.uint8)
-        n_tokens = self._call(Tokenize(len(raw)), Tokenized).n_tokens
+        n_tokens = self._call(Tokenize(len(raw), special, begin), Tokenized).n_tokens
         if not 0 <= n_tokens <= len(raw) + 16:
             raise self._lie(f"made {n_tokens} tokens of {len(raw)} bytes")
         tokens: npt.NDArray[np.int32] = cell.arrays([("i4", n_tokens)])[0].copy()

@@ -109,7 +109,7 @@ class DecodeCell:
 
     def _translated(self, request: Tokenize | Detokenize) -> Tokenized | Detokenized:
         if isinstance(request, Tokenize):
-            return Tokenized(self._tokenize(request.n_bytes))
+            return Tokenized(self._tokenize(request))
         return Detokenized([self._detokenize(tokens) for tokens in request.tokens])
 
     def copy(self, source: int, target: int) -> None:
@@ -265,13 +265,15 @@ class DecodeCell:
                 raise RuntimeError(f"llama.cpp has no row for output {i} of the batch")
             ctypes.memmove(address(row), pointer, row.nbytes)
 
-    def _tokenize(self, n_bytes: int) -> int:
+    def _tokenize(self, request: Tokenize) -> int:
+        n_bytes = request.n_bytes
         (text,) = self._arena.arrays([("u1", n_bytes)])
         raw = text.tobytes()
         size = n_bytes + 16  # at most one token a byte, and the special ones
         tokens = (C.llama_token * size)()
         with self.recorder.phase("tokenize", len(raw)):
-            n_tokens = C.llama_tokenize(self.vocab, raw, len(raw), tokens, size, True, True)
+            how = request.begin, request.special
+            n_tokens = C.llama_tokenize(self.vocab, raw, len(raw), tokens, size, *how)
         if n_tokens < 0:
             raise RuntimeError(f"llama_tokenize wants room for {-n_tokens} tokens")
         (room,) = self._arena.arrays([("i4", n_tokens)])

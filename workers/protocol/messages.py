@@ -114,6 +114,8 @@ class Tokenize(msgspec.Struct, tag="tokenize", frozen=True):
     """Tokenise the UTF-8 text of ``n_bytes`` in the arena; the tokens come back as int32 in its place."""
 
     n_bytes: int
+    special: bool = True  # what is written like a special token becomes one
+    begin: bool = True  # with the tokens that the model wants around a text (BOS)
 
 
 class Tokenized(msgspec.Struct, frozen=True):

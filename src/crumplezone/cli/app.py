@@ -95,7 +95,24 @@ def run(
     model: ModelOption = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add to each prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="For temperatures above 0.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="For temperatures above 0: of the first prompt, the next has the next number. "
+            "Default: another for each prompt, at each run.",
+            show_default=False,
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A completion ends before this text; may be given several times.", show_default=False
+        ),
+    ] = None,
+    special: Annotated[
+        bool, typer.Option("--special", help="Take special tokens that are written out in prompts for these.")
+    ] = False,
     n_seq_max: Annotated[
         int, typer.Option(min=0, max=256, help="Prompts decoded together; 0: what is fastest, measured once.")
     ] = 0,
@@ -105,10 +122,13 @@ def run(
 ) -> None:
     """Complete prompts from a file. Run it again after any interruption: it goes on where it stopped."""
     from crumplezone.cli.run import Job, complete
-    from crumplezone.workers.protocol.generate.sampling import Sampling
+    from crumplezone.workers.generate.requests.request import Request, RequestOptions
 
-    sampling = Sampling(max_tokens, temperature, seed=seed)
-    job = Job(prompts, out, model, sampling, n_seq_max, workers, n_ctx, reports)
+    options = RequestOptions(
+        max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or [], special=special
+    )
+    Request("-", **options)  # what is wrong with them is said before a model is loaded
+    job = Job(prompts, out, model, options, n_seq_max, workers, n_ctx, reports)
     raise typer.Exit(SOME_FAILED if complete(job) else 0)
 
 

@@ -68,7 +68,7 @@ def _generate(console: Console, decoder: Decoder) -> None:
     tokens = 0
     for done in decoder.generate(PROMPTS, max_tokens=24):
         tokens += len(done.tokens)
-        table.add_row(Text(done.prompt), Text(printable(" ".join(done.text.split()))), done.rung)
+        table.add_row(Text(str(done.prompt)), Text(printable(" ".join(done.text.split()))), done.rung)
     seconds = time.perf_counter() - start
     console.print(table)
     console.print(f"{tokens} tokens in {seconds:.1f} s")

@@ -20,8 +20,8 @@ from crumplezone.errors import InputError
 from crumplezone.reports.store import files
 from crumplezone.workers.decoder import Decoder
 from crumplezone.workers.generate.requests.completion import Completion
+from crumplezone.workers.generate.requests.request import RequestOptions
 from crumplezone.workers.model.file import embedded_model
-from crumplezone.workers.protocol.generate.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Job:
     prompts: str
     out: Path
     model: Path | None
-    sampling: Sampling
+    options: RequestOptions
     n_seq_max: int
     workers: int
     n_ctx: int
@@ -150,6 +150,7 @@ class Output:
 
     def append(self, completion: Completion) -> None:
         """Write one line at once."""
+        assert isinstance(completion.prompt, str)
         line = Written(
             index=completion.index,
             prompt=completion.prompt,
@@ -206,7 +207,7 @@ def complete(job: Job) -> int:
                     reports=job.reports,
                 ) as decoder,
                 _progress(console, len(prompts), len(output.done)) as progress,
-                contextlib.closing(decoder.complete(todo.items(), job.sampling)) as completions,
+                contextlib.closing(decoder.complete(todo.items(), **job.options)) as completions,
             ):
                 for completion in completions:
                     output.append(completion)

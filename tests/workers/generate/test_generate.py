@@ -41,7 +41,7 @@ def test_bad_prompts(tiny: Path, make: Open) -> None:
     decoder = make(tiny, 2)
     with pytest.raises(InputError, match="prompts"):
         decoder.generate("a text is no list of texts")
-    for options in ({"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"seed": -1}):
+    for options in ({"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"seed": -2}):
         with pytest.raises(InputError):
             decoder.generate(["a"], **options)
     completions = list(decoder.generate(["abc", "x" * 300, "def"], max_tokens=4))

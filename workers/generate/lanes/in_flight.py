@@ -5,18 +5,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from crumplezone.errors import CellDied, CellRefused, CrumplezoneError, InputError, SequenceError
 from crumplezone.reports.records.report import BatchRecord
-from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.workers.batch.results import Rung
+from crumplezone.workers.generate.lanes.prompts import PromptReader
 from crumplezone.workers.generate.lanes.running import Joining, Running, refuse
 from crumplezone.workers.generate.requests.jobs import PromptJob, drop, fail
 from crumplezone.workers.incidents.attempt import Attempt
-from crumplezone.workers.incidents.deaths import retried
 from crumplezone.workers.incidents.job import JobRecord
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.ladder.rungs import SafeRungs
@@ -41,6 +37,7 @@ class Generation:
     ) -> None:
         self._session, self._safe_rungs, self._reporter = session, safe_rungs, reporter
         self._client = session.client
+        self._prompts = PromptReader(session.client, reporter)
         self._free = list(range(width))  # a heap
         self._running: dict[int, Running] = {}
         self._joining: list[int] = []  # in flight, but the cell has not been told
@@ -62,9 +59,9 @@ class Generation:
     def admit(self, job: PromptJob) -> None:
         """Let a prompt take a place. It ends at once if it cannot be tokenised, or fills the context."""
         try:
-            tokens, room = self._tokens(job)
+            tokens, room = self._prompts.read(job)
         except CellDied as died:
-            path = self._report_tokenizer(job, died, f"prompt {job.index} crashes the tokenizer")
+            path = self._prompts.report(job, died, f"prompt {job.index} crashes the tokenizer")
             named = self._reporter.written(path)
             error = SequenceError(job.index, "llama.cpp died while tokenising it", named)
             refuse(job, error, path)
@@ -119,29 +116,6 @@ class Generation:
             self._end(running)
             fail(running.job, error)
         self._joining, self._leaving, self._known_to = [], [], None
-
-    def _tokens(self, job: PromptJob) -> tuple[npt.NDArray[np.int32], int]:
-        """The tokens of a prompt, and how many may follow."""
-        tokens = self._tokenized(job)
-        n_ctx_seq = self._client.info.n_ctx_seq
-        if not 0 < len(tokens) < n_ctx_seq:
-            limit = f"the context holds {n_ctx_seq} tokens per sequence, one of them to generate"
-            raise InputError(f"number of tokens of prompt {job.index}", len(tokens), limit)
-        return tokens, n_ctx_seq - len(tokens)
-
-    def _tokenized(self, job: PromptJob) -> npt.NDArray[np.int32]:
-        def tell(died: CellDied, again: bool) -> None:
-            if again:  # else whoever has asked tells of it
-                self._report_tokenizer(job, died, "the tokenizer was asked again in a new cell")
-
-        # The first death is perhaps of something older than this prompt.
-        return retried(lambda: self._client.tokenize(job.prompt), tell, own=1)
-
-    def _report_tokenizer(self, job: PromptJob, died: CellDied, result: str) -> str:
-        client = self._client
-        return self._reporter.file_lone(
-            Incident.of(died), "tokenize", result, client.config, client.known, [job.index]
-        )
 
     def _end(self, running: Running) -> None:
         """It is in flight no more, and the cell knows."""
@@ -239,7 +213,7 @@ class Generation:
         returns = running.falls == 1 and chunk > 1
         enough = len(running.produced) + STEPS + 1
         joins = [running.join()]
-        while not (self._stopped or running.job.future.cancelled()):
+        while not (self._stopped or running.job.unwanted):
             generated = self._ask(joins, [running.join()], chunk)
             for progress in generated.progress:
                 running.take(progress)

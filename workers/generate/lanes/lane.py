@@ -64,10 +64,12 @@ class Lane:
                 self._advance()
         generation.give_up(UsageError(_CLOSED))
         self.client.close()
+        self._queue.left()
 
     def _begin(self, job: Job) -> None:
         try:
             if isinstance(job, PromptJob):
+                job.nudge = self._generation.nudge
                 self._generation.admit(job)
                 return
             self._generation.forget()

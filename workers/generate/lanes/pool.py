@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -33,6 +34,7 @@ class Plan:
         config: Of the decoder's own cell.
         n_seq: Sequences that a lane decodes together; 0: measured.
         n_threads: Threads of a lane; 0: measured, at most its share of the cores.
+        queue_size: Most jobs that wait.
         adapters: That every cell is to have.
     """
 
@@ -43,6 +45,7 @@ class Plan:
     n_threads: int
     safe_fallback: bool
     preflight: bool
+    queue_size: int
     adapters: Adapters | None = None
 
     def width(self) -> Width:
@@ -87,7 +90,7 @@ class Pool:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._queue = Queue(plan.workers)
+        self._queue = Queue(plan.workers, plan.queue_size)
         self._lanes: list[Lane] = []
         self._width: Width | None = None
         self.failure: CrumplezoneError | None = None  # why there are no lanes
@@ -113,14 +116,19 @@ class Pool:
             raise self.failure or UsageError("this decoder is closed: make a new one")
         return self._width.n_seq * self.plan.workers
 
-    def put(self, job: Job) -> bool:
-        """Add a job; False if the pool takes no more.
+    def put(self, jobs: Sequence[Job], *, wait: bool = False) -> bool:
+        """Add jobs, all or none; False if the pool takes no more.
+
+        Args:
+            jobs: Those of one request.
+            wait: Until there is room. On a thread of this package.
 
         Raises:
+            QueueFullError: There is no room, or never will be.
             CrumplezoneError: There are no lanes, or it was closed.
         """
         try:
-            return self._queue.put(job)
+            return self._queue.put(jobs, wait=wait)
         except UsageError as closed:
             raise self.failure or closed from None
 

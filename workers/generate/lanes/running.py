@@ -10,11 +10,9 @@ import numpy.typing as npt
 
 from crumplezone.errors import CrumplezoneError
 from crumplezone.workers.batch.results import Rung
-from crumplezone.workers.generate.requests.completion import Completion, failed
-from crumplezone.workers.generate.requests.jobs import PromptJob, deliver
+from crumplezone.workers.generate.requests.jobs import PromptJob
 from crumplezone.workers.protocol.generate.messages import Join, Progress
 
-_SEED_STRIDE = 1_000_003  # prompts draw from different noise, each the same on every run and rung
 Joining = tuple[Join, npt.NDArray[np.int32]]
 
 
@@ -31,35 +29,45 @@ class Running:
     seq_id: int
     prompt_tokens: npt.NDArray[np.int32]
     max_tokens: int
-    produced: list[int] = field(default_factory=list)
-    text: bytearray = field(default_factory=bytearray)
     falls: int = 0
-    reports: list[str] = field(default_factory=list)
+    reports: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reports = self.job.made.reports
+
+    @property
+    def produced(self) -> list[int]:
+        """The tokens that were delivered."""
+        return self.job.made.tokens
 
     def take(self, progress: Progress) -> None:
         """Add what came back."""
-        self.produced += progress.tokens
-        self.text += progress.text
-        self.job.future.feed(progress.text)
+        self.job.made.take(progress)
 
     def done(self, reason: str, rung: Rung, error: CrumplezoneError | None = None) -> None:
         """Give the caller what there is."""
-        job, text = self.job, self.text.decode("utf-8", "replace")
-        reports = tuple(self.reports)
-        completion = Completion(job.index, job.prompt, text, self.produced, reason, rung, error, reports)
-        deliver(job.future, completion)
+        self.job.end("stop" if reason == "word" else reason, rung, error)
 
     def join(self) -> Joining:
         """Ask to continue from the last token that was delivered."""
         tokens = np.concatenate([self.prompt_tokens, np.array(self.produced, np.int32)])
-        sampling = dataclasses.replace(
-            self.job.sampling,
-            max_tokens=self.max_tokens - len(self.produced),
-            seed=(self.job.sampling.seed * _SEED_STRIDE + self.job.index) % 2**63,
+        request, made = self.job.request, self.job.made
+        told = request.logprobs is not None
+        chosen = 0 if request.made > request.n else -1  # by these the best are chosen
+        unknown = 1 + len(made.prompt_logprobs)
+        join = Join(
+            self.seq_id,
+            len(tokens),
+            len(self.prompt_tokens),
+            dataclasses.replace(self.job.sampling, max_tokens=self.max_tokens - len(self.produced)),
+            stops=[stop.encode() for stop in request.stop],
+            stop_tokens=list(request.stop_token_ids),
+            logprobs=chosen if request.logprobs is None else request.logprobs,
+            prompt_logprobs=unknown if told and request.echo and unknown < len(self.prompt_tokens) else 0,
         )
-        return Join(self.seq_id, len(tokens), sampling), tokens
+        return join, tokens
 
 
 def refuse(job: PromptJob, error: CrumplezoneError, *reports: str) -> None:
     """End a prompt that took no place."""
-    deliver(job.future, failed(job.index, job.prompt, error, reports))
+    job.end("error", error=error, reports=reports)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
+import dataclasses
 import logging
 import os
-import queue
 import threading
-from collections.abc import Container, Iterator
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from crumplezone.errors import UsageError
+from crumplezone.errors import CrumplezoneError, UsageError
 from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.workers.batch.call import DecodeOptions
 from crumplezone.workers.batch.columns import Columns
-from crumplezone.workers.batch.results import Result
+from crumplezone.workers.batch.results import Result, Rung
 from crumplezone.workers.generate.requests.completion import Completion
-from crumplezone.workers.protocol.generate.sampling import Sampling
+from crumplezone.workers.generate.requests.made import Made
+from crumplezone.workers.generate.requests.request import Request
 
 _T = TypeVar("_T")
 
@@ -69,56 +70,95 @@ class Awaited(Future[_T]):
             check_waiting(self.served_by)
 
 
-class Stream(Awaited[Completion]):
-    """A prompt on its way: the future of its `Completion`, and an iterator over its text.
-
-    It can be cancelled at any time before it is done: the place of its sequence is then given to another.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.add_done_callback(lambda _: self._end())
-
-    def feed(self, text: bytes, *, final: bool = False) -> None:
-        """For the lane: more text, which may end inside a character."""
-        if piece := self._decoder.decode(text, final):
-            self._pieces.put(piece)
-
-    def __iter__(self) -> Iterator[str]:
-        """The text, piece by piece as it comes: the first token at once, then small groups.
-
-        Raises:
-            CrumplezoneError: The prompt failed, after what was yielded.
-            CancelledError: It was cancelled.
-        """
-        while True:
-            self.check()
-            if (piece := self._pieces.get()) is None:
-                break
-            yield piece
-        self._pieces.put(None)  # for whoever iterates again
-        if error := self.result().error:
-            raise error
-
-    def _end(self) -> None:
-        self.feed(b"", final=True)
-        self._pieces.put(None)
-
-
-@dataclass(frozen=True)
 class PromptJob:
-    """A prompt to be completed.
+    """One choice of a request, to be made in a lane.
+
+    Whoever has asked holds the rest, and is not held by this: what nobody waits for any more is dropped.
+
+    Args:
+        index: The request's number for the caller.
+        request: What is asked.
+        seed: Of this choice.
+        on_end: Called once, when there will be no more of it.
 
     Attributes:
-        index: Its number for the caller.
+        made: What there is of it.
+        deadline: When it ends with what there is, by `time.monotonic`; None: never.
+        dropped: Nobody wants it any more.
+        nudge: Has the lane that has it look at it soon.
+        failure: Why it is to be raised that there is no completion.
+        servers: The threads that may do it.
     """
 
-    index: int
-    prompt: str
-    sampling: Sampling
-    future: Stream = field(default_factory=Stream)
+    def __init__(self, index: int, request: Request, seed: int, on_end: Callable[[], None]) -> None:
+        self.index, self.request = index, request
+        self.sampling = dataclasses.replace(request.sampling, seed=seed)
+        self.made = Made(request.stop)
+        self.deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        self.dropped = False
+        self.nudge = _nobody
+        self.failure: Exception | None = None
+        self.servers: Container[int] = ()
+        self._on_end = on_end
+        self._ending = threading.Lock()  # held for good by who ends it
+
+    @property
+    def unwanted(self) -> bool:
+        """Whether it need not be done any more: it was dropped, has ended, or is to."""
+        return self.dropped or self.made.finish_reason != "" or self._overdue
+
+    def drop(self) -> None:
+        """Nobody wants it any more. Also for finalizers: it takes no lock."""
+        self.dropped = True
+        self.nudge()
+
+    def end(
+        self,
+        reason: str,
+        rung: Rung = Rung.NATIVE,
+        error: Exception | None = None,
+        reports: Sequence[str] = (),
+    ) -> None:
+        """There will be no more of it; only the first time counts. On a thread of this package."""
+        self.made.end(reason, rung, error, reports)
+        if self._ending.acquire(blocking=False):
+            self.nudge = _nobody  # its lane is not kept
+            self._on_end()
+
+    def expire(self) -> None:
+        """Its time is over."""
+        nudge = self.nudge
+        self.end("timeout")
+        nudge()
+
+    def completion(self) -> Completion:
+        """What there is of it."""
+        made, request = self.made, self.request
+        told = request.logprobs is not None
+        return Completion(
+            index=self.index,
+            prompt=request.prompt,
+            text=made.text,
+            tokens=list(made.tokens),
+            finish_reason=made.finish_reason or ("cancelled" if self.dropped else ""),
+            rung=made.rung,
+            error=made.error if isinstance(made.error, CrumplezoneError) else None,
+            reports=tuple(made.reports),
+            stop=made.stop,
+            logprobs=list(made.logprobs) if told else None,
+            prompt_logprobs=[None, *made.prompt_logprobs] if told and request.echo else None,
+            prompt_tokens=made.prompt_tokens,
+            cached_tokens=made.cached_tokens or 0,
+            seed=self.sampling.seed,
+        )
+
+    @property
+    def _overdue(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+def _nobody() -> None:
+    """Nudge nobody."""
 
 
 @dataclass(frozen=True)
@@ -129,27 +169,46 @@ class BatchJob:
     ask: DecodeOptions
     future: Awaited[Result] = field(default_factory=Awaited)
 
+    @property
+    def unwanted(self) -> bool:
+        """Whether it need not be done any more."""
+        return self.future.cancelled()
+
 
 Job = PromptJob | BatchJob
 
 
 def drop(job: Job) -> bool:
-    """Whether nobody wants it any more; those who wait for that are told."""
-    return job.future.cancelled() and not job.future.set_running_or_notify_cancel()
+    """Whether it need not be done any more; those who wait for that are told."""
+    if not job.unwanted:
+        return False
+    if isinstance(job, BatchJob):
+        job.future.set_running_or_notify_cancel()
+    else:
+        job.end("cancelled" if job.dropped else "timeout")
+    return True
 
 
-def deliver(future: Future[_T], result: _T) -> None:
-    """Give a result to whoever still wants it. Until then the future is pending, and can be cancelled."""
+def deliver(future: Future[_T], result: _T | Exception) -> None:
+    """Give a result, or why there is none, to whoever still wants it.
+
+    Until then the future is pending, and can be cancelled.
+    """
     if future.set_running_or_notify_cancel():
         with _callbacks():
-            future.set_result(result)
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
 
 
-def fail(job: Job, error: BaseException) -> None:
+def fail(job: Job, error: Exception) -> None:
     """Tell whoever still waits that there will be no result."""
-    if job.future.set_running_or_notify_cancel():
-        with _callbacks():
-            job.future.set_exception(error)
+    if isinstance(job, BatchJob):
+        deliver(job.future, error)
+    else:
+        job.failure = error
+        job.end("error", error=error)
 
 
 @contextlib.contextmanager

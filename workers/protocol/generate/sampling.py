@@ -99,4 +99,4 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     presence_penalty: float
     penalty_last_n: int
-    seed: int
+    seed: int | None

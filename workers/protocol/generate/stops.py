@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 
 def first_stop(text: bytes | bytearray, stops: Sequence[bytes], begin: int = 0) -> int:
-    """Where the first stop string in a text begins, or -1.
+    """Where the stop string begins that is complete before all others in a text, or -1.
+
+    So it does not matter in which pieces the text came.
 
     Args:
         text: All of it.
         stops: None of them empty.
         begin: Nothing before this has to be looked at.
     """
-    return min((at for stop in stops if (at := text.find(stop, begin)) >= 0), default=-1)
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, begin)) >= 0]
+    return min(found)[1] if found else -1
 
 
 def open_end(text: bytes | bytearray, stops: Sequence[bytes]) -> int:
