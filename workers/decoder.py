@@ -39,6 +39,7 @@ from crumplezone.workers.memory.memory import Memory
 from crumplezone.workers.memory.session import MemorySession
 from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.model.limits import Limits
+from crumplezone.workers.model.parameters import ContextOptions
 from crumplezone.workers.model.settings import N_UBATCH, capacity, configure
 from crumplezone.workers.protocol.config import INT32_MAX, CellInfo
 from crumplezone.workers.text.texts import Texts
@@ -78,6 +79,8 @@ class Decoder(Prompts, Chats):
         redact: Keep token ids, prompt text and paths out of the reports (hashes and base names instead).
         checkpoint_every: After so many tokens, keep the state of the memory instead of its tokens, so that a
             new cell is given it faster; 0: never.
+        options: The other parameters of `llama_cpp.Llama` for models and contexts, with its defaults: fields
+            of `ContextOptions`.
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -105,6 +108,7 @@ class Decoder(Prompts, Chats):
         reports: str | Path | None = None,
         redact: bool = False,
         checkpoint_every: int = 0,
+        **options: Unpack[ContextOptions],
     ) -> None:
         check_integer("checkpoint_every", checkpoint_every, 0, INT32_MAX)
         check_integer("workers", workers, 1, _WORKERS_MAX)
@@ -118,6 +122,7 @@ class Decoder(Prompts, Chats):
             n_seq_max=n_seq_max or _N_SEQ_MAX,
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
+            **options,
         )
         limits = Limits(deadline, memory_limit)
         self._turn = Turn("decoder")

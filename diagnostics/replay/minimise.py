@@ -20,13 +20,16 @@ from crumplezone.errors import CrumplezoneError, NotShownError, UsageError, chec
 from crumplezone.reports.records.report import Evidence, Outcome, Report
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.embed.client import EmbedClient
+from crumplezone.workers.model.parameters import PARAMETERS
 from crumplezone.workers.protocol.config import CTX_PAD, CellConfig
 
 _SURE = 3  # runs that all crash alike: it is no flaky crash
 _MEASURE = 10  # runs to measure a flaky one
 _TRIES_MAX = 30  # per candidate; enough for one that crashes in 1 of 10 runs
 _MISSED = 0.05  # how often a candidate that would crash may be taken for one that does not
-_CHOICES: dict[str, str | int] = {"kv_unified": False, "type_k": "f16", "type_v": "f16", "flash_attn": "auto"}
+_USUAL = {  # llama.cpp's own
+    field.name: field.default for field in msgspec.structs.fields(CellConfig) if field.name in PARAMETERS
+}
 
 _replace = msgspec.structs.replace
 
@@ -135,7 +138,7 @@ class _Search:
         report = _replace(
             self.report,
             batch=self.best.batch,
-            context=self.report.context | self.best.context,
+            context={k: v for k, v in self.report.context.items() if k not in PARAMETERS} | self.best.context,
             evidence=self.evidence or self.report.evidence,
         )
         steps = [f"{what}: {then[what]} to {now[what]}" for what in now if now[what] != then[what]]
@@ -293,9 +296,12 @@ def _context(search: _Search) -> None:
         for size in _doubling(value, getattr(search.best.config, name)):
             if search.better(_with(search.best, name, size)):
                 break
-    for name, default in _CHOICES.items():
-        if getattr(search.best.config, name) != default:
-            search.better(_with(search.best, name, default))
+    if search.best.config != (usual := _replace(search.best.config, **_USUAL)):
+        if search.better(Candidate(usual, search.best.batch)):
+            return
+        for name, default in _USUAL.items():
+            if getattr(search.best.config, name) != default:
+                search.better(_with(search.best, name, default))
 
 
 def _doubling(least: int, now: int) -> Iterator[int]:
@@ -306,7 +312,7 @@ def _doubling(least: int, now: int) -> Iterator[int]:
         least = 2 * least or now
 
 
-def _with(candidate: Candidate, name: str, value: int | str) -> Candidate:
+def _with(candidate: Candidate, name: str, value: object) -> Candidate:
     config, batch = _replace(candidate.config, **{name: value}), candidate.batch
     if name == "n_batch" and isinstance(value, int):
         config = _replace(config, n_ubatch=min(config.n_ubatch, value))

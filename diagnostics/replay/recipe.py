@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import msgspec
 
 from crumplezone.errors import InputError, UsageError
 from crumplezone.errors import check_integer as check
-from crumplezone.reports.records.llama import CacheType, FlashAttention
 from crumplezone.reports.records.report import BatchRecord, Report
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
+from crumplezone.workers.model.parameters import PARAMETERS, check_parameters
 from crumplezone.workers.protocol.config import INT32_MAX, CellConfig
 from crumplezone.workers.protocol.embed import EmbedConfig
 from crumplezone.workers.protocol.generate.sampling import check_sampling
@@ -35,12 +34,6 @@ _HAS_NOT = {  # what batches of an operation never have
     "process": ("shared", "nulls"),
     "encode": ("held",),
     "embed": ("shared", "nulls", "held"),  # only whole texts
-}
-_CHOICES: dict[str, tuple[bool | str, ...]] = {  # which a report need not name
-    "kv_unified": (False, True),
-    "type_k": get_args(CacheType),
-    "type_v": get_args(CacheType),
-    "flash_attn": get_args(FlashAttention),
 }
 
 
@@ -80,12 +73,9 @@ def read_recipe(report: Report) -> Recipe:
     sizes = {name: report.context.get(name) for name in _CONTEXT}
     for name, value in sizes.items():
         check(f"context.{name}", value, *_CONTEXT[name])
-    choices = {name: report.context[name] for name in _CHOICES if name in report.context}
-    for name, value in choices.items():
-        known = _CHOICES[name]
-        if type(value) is not type(known[0]) or value not in known:  # 0 == False
-            raise InputError(f"context.{name}", value, f"must be one of {', '.join(map(str, known))}")
-    fields: dict[str, object] = {"model": report.model.path if report.model else "", **sizes, **choices}
+    given = {name: value for name, value in report.context.items() if name in PARAMETERS}  # if it names them
+    check_parameters(given, "context.")
+    fields: dict[str, object] = {"model": report.model.path if report.model else "", **sizes, **given}
     kind: type[CellConfig] = CellConfig
     if report.batch:
         _check_batch(report.batch)

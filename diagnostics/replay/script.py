@@ -10,6 +10,9 @@ import dataclasses
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from crumplezone.diagnostics.replay import templates
 from crumplezone.diagnostics.replay.recipe import read_recipe
@@ -27,11 +30,30 @@ from crumplezone.reports.records.report import BatchRecord, Exit, Outcome, Repor
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.sandbox.cells.cell import Cell, CellSpec
 from crumplezone.sandbox.child import script as cell
-from crumplezone.workers.protocol.config import CACHE_TYPES, FLASH_ATTENTION, CellConfig
+from crumplezone.workers.model.parameters import PARAMETERS
+from crumplezone.workers.protocol.config import (
+    CACHE_TYPES,
+    DEVICES_MAX,
+    FLASH_ATTENTION,
+    LOAD_MODES,
+    ROPE_SCALING,
+    SPLIT_MODES,
+    CellConfig,
+    ModelFile,
+)
 from crumplezone.workers.protocol.embed import EmbedConfig
 from crumplezone.workers.protocol.generate.messages import BESIDE
 from crumplezone.workers.protocol.generate.sampling import COLDEST
 
+_ENUMS: dict[str, dict[Any, int]] = {
+    "type_k": CACHE_TYPES,
+    "type_v": CACHE_TYPES,
+    "flash_attn": FLASH_ATTENTION,
+    "rope_scaling_type": ROPE_SCALING,
+    "split_mode": SPLIT_MODES,
+}
+_FIELDS = {"flash_attn": "flash_attn_type"}  # where llama.cpp has another name
+_ELSEWHERE = {"kv_unified", "use_mmap", "use_mlock"}
 _WIDTH = 100
 _VALUE_MAX = 200
 _NON_FINITE = "NaN or infinity in output"
@@ -64,9 +86,14 @@ def script(report: Report, model: Path | None = None) -> str:
     values["model"] = ascii(str(model) if model else recipe.config.model)
     non_finite = batch is not None and report.evidence.exit == Exit.NON_FINITE
     sampled = batch is not None and _sampled(batch)
-    values["attention"] = _attention(recipe.config)
+    values["loading"], values["context"] = _unusual(recipe.config)
     process = batch is not None and batch.operation == "process"
-    used = {"ctypes": process, "hashlib": sampled, "math": non_finite, "sys": True}
+    used = {
+        "ctypes": process or "ctypes" in values["loading"],
+        "hashlib": sampled,
+        "math": non_finite,
+        "sys": True,
+    }
     imports = "".join(f"import {name}\n" for name, needed in used.items() if needed)
     text = _header(report) + "\n" + templates.LOAD.substitute(values, imports=imports)
     if batch is None:
@@ -141,13 +168,28 @@ def _has_embeddings(batch: BatchRecord) -> bool:
     return batch.embeddings or batch.operation == "encode"
 
 
-def _attention(config: CellConfig) -> str:
-    """What an older llama.cpp would not know is said only where it is needed."""
-    kinds = {"type_k": config.type_k, "type_v": config.type_v}
-    lines = [f"params.{k} = {CACHE_TYPES[kind]}  # {kind}\n" for k, kind in kinds.items() if kind != "f16"]
-    if config.flash_attn != "auto":
-        lines += [f"params.flash_attn_type = {FLASH_ATTENTION[config.flash_attn]}  # {config.flash_attn}\n"]
-    return "".join(lines)
+def _unusual(config: CellConfig) -> tuple[str, str]:
+    """Of the model and of the context: what is not the default. An older llama.cpp may not know all of it."""
+    usual = {field.name: field.default for field in msgspec.structs.fields(CellConfig)}
+    set_in: dict[bool, list[str]] = {True: [], False: []}
+    for name in CellConfig.__struct_fields__:
+        value = getattr(config, name)
+        if name in PARAMETERS and value != usual[name] and name not in _ELSEWHERE:
+            set_in[name in ModelFile.__struct_fields__].append(f"params.{_setting(name, value)}\n")
+    mode = config.use_mmap, config.use_mlock
+    if mode != (True, False):
+        set_in[True].append(
+            f"params.load_mode = {LOAD_MODES[mode]}  # use_mmap {mode[0]}, use_mlock {mode[1]}\n"
+        )
+    return "".join(set_in[True]), "".join(set_in[False])
+
+
+def _setting(name: str, value: Any) -> str:
+    if name in _ENUMS:
+        return f"{_FIELDS.get(name, name)} = {_ENUMS[name][value]}  # {value}"
+    if name == "tensor_split":
+        return f"{name} = (ctypes.c_float * {DEVICES_MAX})(*{list(value)})"
+    return f"{name} = {value!r}"
 
 
 def _call(batch: BatchRecord, operation: str, finite: str) -> str:

@@ -13,7 +13,7 @@ MODEL = sys.argv[1] if len(sys.argv) > 1 else $model
 llama_cpp.llama_backend_init()
 params = llama_cpp.llama_model_default_params()
 params.n_gpu_layers = $n_gpu_layers
-model = llama_cpp.llama_model_load_from_file(MODEL.encode(), params)
+${loading}model = llama_cpp.llama_model_load_from_file(MODEL.encode(), params)
 if not model:
     sys.exit(f"{MODEL}: llama.cpp cannot load it. Usage: {sys.argv[0]} MODEL.gguf")
 
@@ -24,7 +24,7 @@ params.n_ubatch = $n_ubatch
 params.n_seq_max = $n_seq_max
 params.n_threads = params.n_threads_batch = $n_threads
 params.kv_unified = $kv_unified
-${attention}params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_$pooling
+${context}params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_$pooling
 context = llama_cpp.llama_init_from_model(model, params)
 if not context:
     sys.exit("llama.cpp cannot make the context")

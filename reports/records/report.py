@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 
 SCHEMA_VERSION = 1
+Setting = int | float | bool | str | None | list[float]
+"""A parameter of a model or context."""
 
 
 class Exit(StrEnum):
@@ -265,7 +267,7 @@ class Minimal(msgspec.Struct, frozen=True, omit_defaults=True):
     """The smallest batch and context found that still crash with the same signature."""
 
     batch: BatchRecord
-    context: dict[str, int | float | bool | str | None]
+    context: dict[str, Setting]
     at: str  # UTC, ISO 8601
     tests: int  # how many candidates were run
 
@@ -280,7 +282,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     schema_version: int = SCHEMA_VERSION
     rung: str = "native"  # the rung that crashed
     batch: BatchRecord | None = None
-    context: dict[str, int | float | bool | str | None] = {}
+    context: dict[str, Setting] = {}
     model: ModelRecord | None = None
     environment: Environment = Environment()
     ladder: list[LadderStep] = []

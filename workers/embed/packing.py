@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+import msgspec
+
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.model.settings import N_UBATCH
 from crumplezone.workers.protocol.config import CTX_PAD, CellConfig
@@ -54,20 +56,8 @@ def shaped(
     n_batch = min(max(width, N_UBATCH), given.n_batch)
     most = min(max(1, given.n_ctx // width) if cached else LLAMA_MAX_SEQ, n_batch, LLAMA_MAX_SEQ)
     n_seq_max = next(n for n in range(most, 0, -1) if n_batch % n == 0)
-    return EmbedConfig(
-        model=given.model,
-        n_ctx=width * n_seq_max,
-        n_batch=n_batch,
-        n_ubatch=n_batch,
-        n_seq_max=n_seq_max,
-        n_threads=given.n_threads,
-        n_gpu_layers=given.n_gpu_layers,
-        kv_unified=given.kv_unified,
-        type_k=given.type_k,
-        type_v=given.type_v,
-        flash_attn=given.flash_attn,
-        pooling=pooling,
-    )
+    sizes = {"n_ctx": width * n_seq_max, "n_batch": n_batch, "n_ubatch": n_batch, "n_seq_max": n_seq_max}
+    return EmbedConfig(**msgspec.structs.asdict(given) | sizes | {"pooling": pooling})
 
 
 def _width(longest: int) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import get_args
+from typing import Unpack
 
 from crumplezone.errors import InputError, check_integer
-from crumplezone.reports.records.llama import CacheType, FlashAttention
 from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.batch.validate import Capacity
 from crumplezone.workers.model.file import check_file, located
-from crumplezone.workers.protocol.config import INT32_MAX, QUANTIZED, CellConfig, CellInfo
+from crumplezone.workers.model.parameters import ContextOptions, parameters_of
+from crumplezone.workers.protocol.config import INT32_MAX, CellConfig, CellInfo
 
 N_UBATCH = 512  # most tokens per compute pass, as in llama_context_default_params()
 _N_CTX_SEQ = 1024  # tokens per sequence, where nobody says
@@ -26,12 +26,11 @@ def configure(
     n_seq_max: int = 1,
     n_threads: int,
     n_gpu_layers: int = 0,
-    kv_unified: bool = False,
-    type_k: CacheType = "f16",
-    type_v: CacheType = "f16",
-    flash_attn: FlashAttention = "auto",
+    **options: Unpack[ContextOptions],
 ) -> CellConfig:
     """Model and context parameters that llama.cpp can be given; see `Decoder` for what they mean.
+
+    What is not named in ``options`` is as `llama_cpp.Llama` has it.
 
     Raises:
         InputError: A parameter is out of range.
@@ -46,7 +45,7 @@ def configure(
     check_integer("n_ubatch", n_ubatch, 1, INT32_MAX)
     check_integer("n_threads", n_threads, 0, 512)
     check_integer("n_gpu_layers", n_gpu_layers, -1, 2**20)
-    _check_attention(type_k, type_v, flash_attn)
+    parameters = parameters_of(options)
     path = located(model)
     check_file(path)
     return CellConfig(
@@ -57,23 +56,8 @@ def configure(
         n_seq_max=int(n_seq_max),
         n_threads=int(n_threads) or len(os.sched_getaffinity(0)),
         n_gpu_layers=int(n_gpu_layers),
-        kv_unified=bool(kv_unified),
-        type_k=type_k,
-        type_v=type_v,
-        flash_attn=flash_attn,
+        **parameters,
     )
-
-
-def _check_attention(type_k: str, type_v: str, flash_attn: str) -> None:
-    for name, value, known in (
-        ("type_k", type_k, get_args(CacheType)),
-        ("type_v", type_v, get_args(CacheType)),
-        ("flash_attn", flash_attn, get_args(FlashAttention)),
-    ):
-        if value not in known:
-            raise InputError(name, value, f"must be one of {', '.join(known)}")
-    if type_v in QUANTIZED and flash_attn == "off":  # refused by llama_init_from_model
-        raise InputError("type_v", type_v, "is quantised, which needs flash_attn to be on or auto")
 
 
 def capacity(info: CellInfo, config: CellConfig, *, embeddings: bool) -> Capacity:

@@ -62,7 +62,7 @@ class DecodeCell:
     def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:
         self.config = msgspec.msgpack.decode(config, type=CellConfig)
         self._arena, self.recorder = room.arena, room.recorder
-        loaded = model_of(preloaded, self.config.model, self.config.n_gpu_layers, room)
+        loaded = model_of(preloaded, self.config.file(), room)
         self._loaded, self.model, self.logs = loaded, loaded.pointer, loaded.native_logs
         self.vocab = C.llama_model_get_vocab(self.model)
         with self.recorder.phase("context", self.config.n_ctx):

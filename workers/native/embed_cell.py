@@ -59,7 +59,7 @@ class EmbedCell:
         self._config = msgspec.msgpack.decode(config, type=EmbedConfig)
         self._packer = BatchPacker()
         self._arena, self._recorder = room.arena, room.recorder
-        loaded = model_of(preloaded, self._config.model, self._config.n_gpu_layers, room)
+        loaded = model_of(preloaded, self._config.file(), room)
         self.model, self._native_logs = loaded.pointer, loaded.native_logs
         # llama.cpp warns of a pooling that is not the model's own: here it was asked for, or there is none.
         logging.getLogger("llama.cpp").addFilter(lambda line: "default pooling_type" not in line.getMessage())

@@ -16,10 +16,26 @@ import msgspec
 
 from crumplezone.sandbox.child.fork_server import UnforkableError
 from crumplezone.sandbox.child.loop import Room
-from crumplezone.workers.protocol.config import CACHE_TYPES, FLASH_ATTENTION, CellConfig, CellInfo, ModelFile
+from crumplezone.workers.protocol.config import (
+    CACHE_TYPES,
+    DEVICES_MAX,
+    FLASH_ATTENTION,
+    LOAD_MODES,
+    ROPE_SCALING,
+    SIZE_MAX,
+    SPLIT_MODES,
+    CellConfig,
+    CellInfo,
+    ModelFile,
+)
 
 _log = logging.getLogger("llama.cpp")
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
+_AS_THEY_ARE = (
+    *("rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast"),
+    *("yarn_beta_slow", "yarn_orig_ctx", "offload_kqv", "op_offload", "swa_full"),
+    "kv_unified",  # only if not does a batch give each sequence what it gets alone
+)
 _CONTINUES = 5  # GGML_LOG_LEVEL_CONT
 
 
@@ -54,7 +70,7 @@ def describe(model: Any, context: Any) -> CellInfo:
         n_vocab=C.llama_vocab_n_tokens(C.llama_model_get_vocab(model)),
         n_embd=C.llama_model_n_embd_out(model),
         n_ctx_seq=C.llama_n_ctx_seq(context),
-        n_ctx_train=C.llama_model_n_ctx_train(model),
+        n_ctx_train=min(max(C.llama_model_n_ctx_train(model), 0), SIZE_MAX),  # grown by YaRN
         n_batch=C.llama_n_batch(context),
         has_encoder=has_encoder,
         has_decoder=bool(C.llama_model_has_decoder(model)),
@@ -143,8 +159,8 @@ def load_model(file: ModelFile, room: Room, *, vocab_only: bool = False) -> Mode
     """
     native_logs = NativeLogs(room)
     C.llama_backend_init()
-    params = C.llama_model_default_params()
-    params.n_gpu_layers, params.vocab_only = file.n_gpu_layers, vocab_only
+    params = model_params(file)
+    params.vocab_only = vocab_only
     with room.recorder.phase("load"):
         pointer = C.llama_model_load_from_file(file.model.encode(), params)
     if not pointer:
@@ -152,13 +168,27 @@ def load_model(file: ModelFile, room: Room, *, vocab_only: bool = False) -> Mode
     return Model(pointer, file, native_logs)
 
 
+def model_params(file: ModelFile) -> Any:
+    """What a model is loaded with: a ``llama_model_params``."""
+    params = C.llama_model_default_params()
+    params.n_gpu_layers, params.main_gpu = file.n_gpu_layers, file.main_gpu
+    params.split_mode = SPLIT_MODES[file.split_mode]
+    params.load_mode = LOAD_MODES[file.use_mmap, file.use_mlock]
+    if file.tensor_split:
+        params.tensor_split = (ctypes.c_float * DEVICES_MAX)(*file.tensor_split)  # kept by the structure
+    return params
+
+
 def context_params(config: CellConfig) -> Any:
     """What a context is made of: a ``llama_context_params``."""
     params = C.llama_context_default_params()
     params.n_ctx, params.n_seq_max = config.n_ctx, config.n_seq_max
     params.n_batch, params.n_ubatch = config.n_batch, min(config.n_ubatch, config.n_batch)
-    params.n_threads = params.n_threads_batch = config.n_threads
-    params.kv_unified = config.kv_unified  # only if not does a batch give each sequence what it gets alone
+    params.n_threads = config.n_threads
+    params.n_threads_batch = config.n_threads_batch or config.n_threads
+    for name in _AS_THEY_ARE:
+        setattr(params, name, getattr(config, name))
+    params.rope_scaling_type = ROPE_SCALING[config.rope_scaling_type]
     params.type_k, params.type_v = CACHE_TYPES[config.type_k], CACHE_TYPES[config.type_v]
     params.flash_attn_type = FLASH_ATTENTION[config.flash_attn]
     return params
@@ -204,7 +234,7 @@ def preload(config: msgspec.Raw, room: Room) -> Seed:
     """
     refuse_gpu()
     wanted = msgspec.msgpack.decode(config, type=CellConfig)
-    model = load_model(ModelFile(wanted.model, wanted.n_gpu_layers), room)
+    model = load_model(wanted.file(), room)
     with room.recorder.phase("context", wanted.n_ctx):
         context = make_context(model, wanted)
     described = describe(model.pointer, context)
@@ -212,20 +242,18 @@ def preload(config: msgspec.Raw, room: Room) -> Seed:
     return Seed(model, described)
 
 
-def model_of(preloaded: Any, model: str, n_gpu_layers: int, room: Room, *, vocab_only: bool = False) -> Model:
+def model_of(preloaded: Any, file: ModelFile, room: Room, *, vocab_only: bool = False) -> Model:
     """The model of a cell: the one that its zygote has loaded, if it is the same, else a new one.
 
     Args:
         preloaded: As a target gets it.
-        model: Path.
-        n_gpu_layers: As ``llama_model_params`` has it.
+        file: What it is to be.
         room: The cell's.
         vocab_only: Whether the vocabulary and the metadata of a new one are enough.
 
     Raises:
         LoadError: As `load_model`.
     """
-    file = ModelFile(model, n_gpu_layers)
     if isinstance(preloaded, Seed) and preloaded.model.file == file:
         return replace(preloaded.model, native_logs=NativeLogs(room))
     return load_model(file, room, vocab_only=vocab_only)

@@ -70,7 +70,8 @@ class WidthCell(DecodeCell):
         )  # only the next call makes the copies, and pays for them
 
     def _step(self, request: Step) -> Stepped:
-        C.llama_set_n_threads(self.context, request.n_threads, request.n_threads)
+        n_batch = self.config.n_threads_batch or request.n_threads
+        C.llama_set_n_threads(self.context, request.n_threads, n_batch)
         batch = batch_arrays(request.n_seq)
         batch.positions[:] = [self._back(seq_id) for seq_id in range(request.n_seq)]
         batch.seq_ids[:] = np.arange(request.n_seq)

@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from crumplezone.sandbox.ipc.arena import Shape
-from crumplezone.workers.protocol.config import CACHE_TYPES, INT32_MAX, CellConfig, CellInfo, Size, Token
+from crumplezone.workers.protocol.config import (
+    CACHE_TYPES,
+    INT32_MAX,
+    ROPE_SCALING,
+    SPLIT_MODES,
+    CellConfig,
+    CellInfo,
+    Size,
+    Token,
+)
 from crumplezone.workers.protocol.messages import Save, Warm
 
 INLINE_MAX = 64 * 1024  # bytes of a value that fit into a frame beside its note
@@ -17,6 +26,13 @@ VALUE_MAX = 2**28  # bytes of a decoded value: embeddings of some 40,000 texts
 STATE_MAX = 2**33  # bytes of a saved state or of scores
 
 _CACHE_TYPES = {number: name for name, number in CACHE_TYPES.items()}
+_ROPE_SCALING = {number: name for name, number in ROPE_SCALING.items()}
+_SPLIT_MODES = {number: name for name, number in SPLIT_MODES.items()}
+_ALIKE = (
+    *("rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast"),
+    *("yarn_beta_slow", "yarn_orig_ctx", "n_threads_batch", "offload_kqv", "main_gpu"),
+    *("use_mmap", "use_mlock", "op_offload", "swa_full"),
+)
 
 Int32 = Annotated[int, msgspec.Meta(ge=-INT32_MAX - 1, le=INT32_MAX)]
 Place = Annotated[int, msgspec.Meta(ge=0, lt=4096)]  # of a generation in its call
@@ -66,6 +82,10 @@ class LlamaConfig(msgspec.Struct, frozen=True):
             type_k=_CACHE_TYPES.get(given["type_k"], "f16"),
             type_v=_CACHE_TYPES.get(given["type_v"], "f16"),
             flash_attn="on" if given["flash_attn"] else "off",
+            rope_scaling_type=_ROPE_SCALING.get(given["rope_scaling_type"], "unspecified"),
+            split_mode=_SPLIT_MODES.get(given["split_mode"], "layer"),
+            tensor_split=tuple(given["tensor_split"] or ()),
+            **{name: given[name] for name in _ALIKE if given[name] is not None},
         )
 
 

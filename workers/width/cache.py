@@ -59,7 +59,7 @@ def key(config: CellConfig, *asked: object) -> str:
         identity(config.model),
         (here.versions["llama-cpp-python"], libraries(), sorted(here.variables.items())),
         (here.cpu, here.cpu_flags, sorted(os.sched_getaffinity(0))),
-        (config.n_gpu_layers, config.n_ubatch),
+        sorted(config.parameters().items()),  # with it, every setting that changes how long a step takes
         asked,
     ]
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()

@@ -63,7 +63,7 @@ class TextCell:
     def __init__(self, config: msgspec.Raw, room: Room, preloaded: Any = None) -> None:
         wanted = msgspec.msgpack.decode(config, type=CellConfig)
         self._arena, self._recorder = room.arena, room.recorder
-        self._model = model_of(preloaded, wanted.model, wanted.n_gpu_layers, room, vocab_only=True)
+        self._model = model_of(preloaded, wanted.file(), room, vocab_only=True)
         self.vocab = C.llama_model_get_vocab(self._model.pointer)
         self._n_vocab = int(C.llama_vocab_n_tokens(self.vocab))
 
