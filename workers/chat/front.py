@@ -18,8 +18,8 @@ from crumplezone.workers.chat.formats import FORMATS
 from crumplezone.workers.chat.messages import Json, checked_messages, mapping
 from crumplezone.workers.chat.stream import ChatCompletion, ChatStream
 from crumplezone.workers.chat.tools import Tools, answer_grammar, answer_schema, checked_tools, told_in_text
-from crumplezone.workers.generate.requests.jobs import Stream
-from crumplezone.workers.protocol.generate.sampling import SamplingOptions
+from crumplezone.workers.generate.requests.request import GivenPrompt, Request, RequestOptions
+from crumplezone.workers.generate.requests.stream import Stream
 from crumplezone.workers.protocol.text import SpecialTokens
 from crumplezone.workers.text.texts import Texts, Tokens
 
@@ -42,7 +42,7 @@ class Chats:
 
     if TYPE_CHECKING:
 
-        def submit_prompt(self, prompt: str, **sampling: Unpack[SamplingOptions]) -> Stream:
+        def submit_prompt(self, prompt: GivenPrompt | Request, **options: Unpack[RequestOptions]) -> Stream:
             """See `Decoder.submit_prompt`."""
 
     def tokenize(
@@ -126,7 +126,7 @@ class Chats:
         response_format: Mapping[str, Any] | None = None,
         chat_format: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> ChatStream:
         """Answer the messages of a chat, together with whatever else is in flight.
 
@@ -153,12 +153,12 @@ class Chats:
         schema = answer_schema(response_format)
         with self._turn.passing():
             template = self._template(chat_format, with_tools=bool(known.usable))
-            text, _ = self._rendered(template, given, known, {**(template_kwargs or {})})
+            text, tokens = self._rendered(template, given, known, {**(template_kwargs or {})})
             thinking = text.rstrip().endswith(THINK)
             limits = self._held(known, schema, template.family, options, thinking=thinking)
         names = () if schema else tuple(known.names)
         shape = Shape(template.family, names, thinking, secrets.token_hex(8))
-        return ChatStream(self.submit_prompt(text, **{**options, **limits}), shape, text)
+        return ChatStream(self.submit_prompt(tokens, **{**options, **limits}), shape, text)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatCompletion:
         """`submit_chat`, waited for.

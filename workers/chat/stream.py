@@ -10,7 +10,8 @@ from typing import Any
 from crumplezone.workers.chat.answers.deltas import Answer, ChatDelta
 from crumplezone.workers.chat.answers.parser import ChatParser, Shape
 from crumplezone.workers.generate.requests.completion import Completion
-from crumplezone.workers.generate.requests.jobs import Awaited, Stream
+from crumplezone.workers.generate.requests.jobs import Awaited
+from crumplezone.workers.generate.requests.stream import Stream
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class Generation:
     def _take(self, group: Collection[Running], generated: Generated) -> dict[int, str]:
         """Deliver what came back; why the sequences finished that did."""
         running = {each.seq_id: each for each in group}
-        reasons = {}
+        reasons: dict[int, str] = {}
         for progress in generated.progress:
             running[progress.seq_id].take(progress)
             if progress.finished:
@@ -275,7 +275,7 @@ class Generation:
     def _alone(self, running: Running, chunk: int) -> str:
         """Why it finished; or an empty string: it is past the place of the crash, or unwanted."""
         enough = len(running.produced) + MOST_STEPS + 1
-        while not (self._stopped or running.job.future.cancelled()):
+        while not (self._stopped or running.job.unwanted):
             if reasons := self._take([running], self._ask([running], chunk)):
                 return reasons[running.seq_id]
             if len(running.produced) >= enough:
