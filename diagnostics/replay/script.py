@@ -18,7 +18,6 @@ from crumplezone.diagnostics.replay.replay import (
     crashed,
     find_model,
     native_calls,
-    sampling_of,
     sequences_of,
 )
 from crumplezone.errors import CellDied, CellRefused
@@ -30,6 +29,7 @@ from crumplezone.sandbox.child import script as cell
 from crumplezone.workers.protocol.config import CACHE_TYPES, FLASH_ATTENTION, CellConfig
 from crumplezone.workers.protocol.embed import EmbedConfig
 from crumplezone.workers.protocol.generate.messages import BESIDE
+from crumplezone.workers.protocol.generate.records import joining
 from crumplezone.workers.protocol.generate.sampling import COLDEST
 
 _WIDTH = 100
@@ -66,7 +66,7 @@ def script(report: Report, model: Path | None = None) -> str:
     sampled = batch is not None and _sampled(batch)
     values["attention"] = _attention(recipe.config)
     process = batch is not None and batch.operation == "process"
-    used = {"ctypes": process, "hashlib": sampled, "math": non_finite, "sys": True}
+    used = {"ctypes": process or sampled, "math": non_finite, "sys": True}
     imports = "".join(f"import {name}\n" for name, needed in used.items() if needed)
     text = _header(report) + "\n" + templates.LOAD.substitute(values, imports=imports)
     if batch is None:
@@ -197,7 +197,8 @@ def _held(batch: BatchRecord, operation: str, n_batch: int) -> str:
 
 
 def _generate(batch: BatchRecord) -> str:
-    sampling = [f"    {s.seq_id}: {dataclasses.asdict(sampling_of(s))}," for s in batch.generating]
+    joins = [joining(each) for each in batch.generating]
+    sampling = [f"    {join.seq_id}: {dataclasses.asdict(join.sampling)!a}," for join in joins]
     sequences = [f"    {s.seq_id}: [\n{_wrapped(map(str, s.tokens), 8)}\n    ]," for s in batch.generating]
     return templates.GENERATE.substitute(
         sequences="\n".join(sequences),
@@ -205,7 +206,11 @@ def _generate(batch: BatchRecord) -> str:
         chunk=batch.chunk,
         beside=BESIDE,
         calls=native_calls(batch),
-        sample=templates.SAMPLED.substitute(sampling="\n".join(sampling), coldest=COLDEST)
+        sample=templates.SAMPLED.substitute(
+            sampling="\n".join(sampling),
+            prompts=", ".join(f"{join.seq_id}: {join.n_prompt}" for join in joins),
+            coldest=COLDEST,
+        )
         if _sampled(batch)
         else templates.GREEDY,
     )
@@ -213,7 +218,7 @@ def _generate(batch: BatchRecord) -> str:
 
 def _sampled(batch: BatchRecord) -> bool:
     """Whether a token may be other than the likeliest."""
-    return not all(sampling_of(each).plain for each in batch.generating)
+    return not all(joining(each).sampling.plain for each in batch.generating)
 
 
 def _wrapped(items: Iterable[str], indent: int = 4) -> str:
