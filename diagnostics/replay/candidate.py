@@ -107,9 +107,10 @@ def _only_generating(batch: BatchRecord, kept: set[int]) -> BatchRecord:
     left, begin = [], 0
     for each in batch.generating:
         tokens = [token for i, token in enumerate(each.tokens, begin) if i in kept]
+        n_prompt = sum(i in kept for i in range(begin, begin + each.n_prompt))
         begin += len(each.tokens)
         if tokens:
-            left.append(_replace(each, tokens=tokens))
+            left.append(_replace(each, tokens=tokens, n_prompt=n_prompt))
     # The last native call of the original is none of this one's.
     return _replace(batch, tokens=[], positions=[], seq_ids=[], outputs=[], generating=left)
 

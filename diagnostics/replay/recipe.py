@@ -15,7 +15,7 @@ from crumplezone.workers.batch.columns import LLAMA_MAX_SEQ
 from crumplezone.workers.model.parameters import PARAMETERS, check_parameters
 from crumplezone.workers.protocol.config import INT32_MAX, CellConfig
 from crumplezone.workers.protocol.embed import EmbedConfig
-from crumplezone.workers.protocol.generate.sampling import check_sampling
+from crumplezone.workers.protocol.generate.records import check_generating
 
 TOKENS_MAX = 2**20
 _INDEX = re.compile(r"0|[1-9][0-9]{0,6}")
@@ -153,7 +153,7 @@ def _check_generating(batch: BatchRecord) -> None:
         seen.add(each.seq_id)
         check(f"len({field}.tokens)", len(each.tokens), 1, TOKENS_MAX)
         _check_int32(f"{field}.tokens", each.tokens)
-        check_sampling(each, f"{field}.")
+        check_generating(each, field)
     check("number of tokens in batch.generating", sum(len(s.tokens) for s in batch.generating), 1, TOKENS_MAX)
 
 

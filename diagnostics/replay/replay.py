@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime as dt
 import math
 from dataclasses import dataclass
@@ -40,8 +39,8 @@ from crumplezone.workers.model.file import check_file, describe
 from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.config import CellConfig
 from crumplezone.workers.protocol.embed import EmbedConfig
-from crumplezone.workers.protocol.generate.messages import BESIDE, Join
-from crumplezone.workers.protocol.generate.sampling import Sampling
+from crumplezone.workers.protocol.generate.messages import BESIDE, OUTPUTS
+from crumplezone.workers.protocol.generate.records import joining
 
 RUNS_MAX = 1000
 
@@ -213,23 +212,12 @@ def crashed(evidence: Evidence, report: Report) -> Run:
 def native_calls(batch: BatchRecord) -> int:
     """How many native calls a replay of `generate` makes: for what was there, and as many as were lost."""
     n_tokens = sum(len(each.tokens) for each in batch.generating)
-    return math.ceil(n_tokens / min(batch.chunk, BESIDE)) + len(batch.generating) + MOST_STEPS
-
-
-def sampling_of(each: schema.Generating) -> Sampling:
-    """How the tokens of a sequence were drawn."""
-    return Sampling(**{field.name: getattr(each, field.name) for field in dataclasses.fields(Sampling)})
+    return math.ceil(n_tokens / min(batch.chunk, BESIDE, OUTPUTS)) + len(batch.generating) + MOST_STEPS
 
 
 def _generate(client: DecodeClient, batch: BatchRecord) -> None:
     """Prefill every sequence that was in flight, and go on from its last delivered token."""
-    joins = [
-        (
-            Join(each.seq_id, len(each.tokens), sampling_of(each)),
-            np.array(each.tokens, np.int32),
-        )
-        for each in batch.generating
-    ]
+    joins = [(joining(each), np.array(each.tokens, np.int32)) for each in batch.generating]
     running = {each.seq_id for each in batch.generating}
     for step in range(native_calls(batch)):
         generated = client.generate(joins if step == 0 else [], 1, batch.chunk, reset=step == 0)

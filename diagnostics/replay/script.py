@@ -21,7 +21,6 @@ from crumplezone.diagnostics.replay.replay import (
     crashed,
     find_model,
     native_calls,
-    sampling_of,
     sequences_of,
 )
 from crumplezone.errors import CellDied, CellRefused
@@ -43,6 +42,7 @@ from crumplezone.workers.protocol.config import (
 )
 from crumplezone.workers.protocol.embed import EmbedConfig
 from crumplezone.workers.protocol.generate.messages import BESIDE
+from crumplezone.workers.protocol.generate.records import joining
 from crumplezone.workers.protocol.generate.sampling import COLDEST
 
 _ENUMS: dict[str, dict[Any, int]] = {
@@ -89,8 +89,7 @@ def script(report: Report, model: Path | None = None) -> str:
     values["loading"], values["context"] = _unusual(recipe.config)
     process = batch is not None and batch.operation == "process"
     used = {
-        "ctypes": process or "ctypes" in values["loading"],
-        "hashlib": sampled,
+        "ctypes": process or sampled or "ctypes" in values["loading"],
         "math": non_finite,
         "sys": True,
     }
@@ -239,7 +238,8 @@ def _held(batch: BatchRecord, operation: str, n_batch: int) -> str:
 
 
 def _generate(batch: BatchRecord) -> str:
-    sampling = [f"    {s.seq_id}: {dataclasses.asdict(sampling_of(s))}," for s in batch.generating]
+    joins = [joining(each) for each in batch.generating]
+    sampling = [f"    {join.seq_id}: {dataclasses.asdict(join.sampling)!a}," for join in joins]
     sequences = [f"    {s.seq_id}: [\n{_wrapped(map(str, s.tokens), 8)}\n    ]," for s in batch.generating]
     return templates.GENERATE.substitute(
         sequences="\n".join(sequences),
@@ -247,7 +247,11 @@ def _generate(batch: BatchRecord) -> str:
         chunk=batch.chunk,
         beside=BESIDE,
         calls=native_calls(batch),
-        sample=templates.SAMPLED.substitute(sampling="\n".join(sampling), coldest=COLDEST)
+        sample=templates.SAMPLED.substitute(
+            sampling="\n".join(sampling),
+            prompts=", ".join(f"{join.seq_id}: {join.n_prompt}" for join in joins),
+            coldest=COLDEST,
+        )
         if _sampled(batch)
         else templates.GREEDY,
     )
@@ -255,7 +259,7 @@ def _generate(batch: BatchRecord) -> str:
 
 def _sampled(batch: BatchRecord) -> bool:
     """Whether a token may be other than the likeliest."""
-    return not all(sampling_of(each).plain for each in batch.generating)
+    return not all(joining(each).sampling.plain for each in batch.generating)
 
 
 def _wrapped(items: Iterable[str], indent: int = 4) -> str:

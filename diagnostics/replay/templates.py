@@ -134,29 +134,70 @@ SAMPLED = Template('''\
 SAMPLING = {  # by sequence
 $sampling
 }
+PROMPTS = {$prompts}  # tokens of each that were not drawn
 
 
 def sample(row, seq_id):
-    """Draw by llama.cpp's own samplers. The noise depends on seed and position alone."""
-    how = SAMPLING[seq_id]
+    """Draw by llama.cpp's own samplers, with one number of noise for each token that was drawn."""
+    how, drawn = SAMPLING[seq_id], SEQUENCES[seq_id][PROMPTS[seq_id] :]
+    names, greedy = how["samplers"], how["temperature"] < $coldest
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
 
     def add(name, *values):
-        llama_cpp.llama_sampler_chain_add(chain, getattr(llama_cpp, f"llama_sampler_init_{name}")(*values))
+        sampler = getattr(llama_cpp, f"llama_sampler_init_{name}")(*values)
+        llama_cpp.llama_sampler_chain_add(chain, sampler)
+        return sampler
 
-    penalties = how["repeat_penalty"], how["frequency_penalty"], how["presence_penalty"]
-    add("penalties", n_vocab, how["penalty_last_n"], *penalties)
-    for token in SEQUENCES[seq_id]:
-        llama_cpp.llama_sampler_accept(chain, token)
-    if how["temperature"] < $coldest:
+    def bias(biases):
+        array = (llama_cpp.llama_logit_bias * len(biases))(*biases.items())
+        add("logit_bias", n_vocab, len(biases), array)
+
+    def grammar():
+        if how["grammar"] and not how["grammar_lazy"]:
+            add("grammar", vocab, how["grammar"].encode(), b"root")
+
+    if how["ignore_eos"] or len(drawn) < how["min_tokens"]:
+        ends = [token for token in range(n_vocab) if llama_cpp.llama_vocab_is_eog(vocab, token)]
+        bias(dict.fromkeys(ends, float("-inf")))
+    bias(how["logit_bias"])
+    if names[:1] != ("penalties",):
+        grammar()
+    for place, name in enumerate(names):
+        if name == "penalties":
+            penalties = how["repeat_penalty"], how["frequency_penalty"], how["presence_penalty"]
+            add("penalties", n_vocab, how["penalty_last_n"], *penalties)
+            if place == 0:
+                grammar()
+        elif name == "dry":
+            texts = [text.encode() for text in how["dry_sequence_breakers"]]
+            breakers = (ctypes.c_char_p * len(texts))(*texts)
+            last_n = how["dry_penalty_last_n"] if how["dry_penalty_last_n"] >= 0 else len(drawn) + 1
+            values = how["dry_multiplier"], how["dry_base"], how["dry_allowed_length"], last_n
+            add("dry", vocab, *values, breakers, len(texts))
+        elif greedy or how["mirostat_mode"]:
+            continue
+        elif name in ("top_n_sigma", "top_k"):
+            add(name, how[name])
+        elif name in ("typical_p", "top_p", "min_p"):
+            add(name.replace("typical_p", "typical"), how[name], 1)
+        elif name == "xtc":
+            add("xtc", how["xtc_probability"], how["xtc_threshold"], 1, how["seed"])
+        else:
+            add("temp_ext", how["temperature"], how["dynatemp_range"], how["dynatemp_exponent"])
+    noise = None
+    if greedy:
         add("greedy")
+    elif how["mirostat_mode"] == 1:
+        add("mirostat", n_vocab, how["seed"], how["mirostat_tau"], how["mirostat_eta"], 100)
+    elif how["mirostat_mode"]:
+        add("mirostat_v2", how["seed"], how["mirostat_tau"], how["mirostat_eta"])
     else:
-        digest = hashlib.blake2b(f"{how['seed']} {position[seq_id]}".encode(), digest_size=4).digest()
-        add("top_k", how["top_k"])
-        add("top_p", how["top_p"], 1)
-        add("min_p", how["min_p"], 1)
-        add("temp", how["temperature"])
-        add("dist", min(int.from_bytes(digest, "little"), llama_cpp.LLAMA_DEFAULT_SEED - 1))
+        noise = add("dist", how["seed"])
+    for token in drawn:
+        llama_cpp.llama_sampler_accept(chain, token)
+        if noise:
+            one = llama_cpp.llama_token_data_array((llama_cpp.llama_token_data * 1)(), 1, -1, False)
+            llama_cpp.llama_sampler_apply(noise, ctypes.byref(one))
     token = llama_cpp.llama_sampler_sample(chain, context, row)
     llama_cpp.llama_sampler_free(chain)
     return token

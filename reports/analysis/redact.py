@@ -195,8 +195,12 @@ RULES: dict[type[msgspec.Struct], dict[str, str]] = {
     ),
     schema.Generating: _fields(
         keep="seq_id max_tokens temperature top_k top_p min_p seed "
-        "repeat_penalty frequency_penalty presence_penalty penalty_last_n",
+        "repeat_penalty frequency_penalty presence_penalty penalty_last_n n_prompt min_tokens "
+        "dynatemp_range dynatemp_exponent typical_p top_n_sigma xtc_probability xtc_threshold "
+        "dry_multiplier dry_base dry_allowed_length dry_penalty_last_n mirostat_mode mirostat_tau "
+        "mirostat_eta ignore_eos samplers grammar_lazy logprobs prompt_logprobs",
         tokens="tokens",
+        drop="dry_sequence_breakers logit_bias grammar grammar_triggers stops stop_tokens",
     ),
     schema.Held: _fields(keep="seq_id positions", tokens="tokens"),
     schema.BatchRecord: _fields(

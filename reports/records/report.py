@@ -174,6 +174,42 @@ class Generating(msgspec.Struct, frozen=True, omit_defaults=True):
     presence_penalty: float = 0.0
     penalty_last_n: int = 64
     seed: int = 0
+    n_prompt: int = 0  # of the tokens, those of the prompt; 0: all (and in reports before 0.3)
+    min_tokens: int = 0
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat_mode: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: dict[int, float] = {}
+    ignore_eos: bool = False
+    samplers: tuple[str, ...] = (
+        "penalties",
+        "dry",
+        "top_n_sigma",
+        "top_k",
+        "typical_p",
+        "top_p",
+        "min_p",
+        "xtc",
+        "temperature",
+    )
+    grammar: str = ""
+    grammar_lazy: bool = False
+    grammar_triggers: tuple[str, ...] = ()
+    stops: list[str] = []
+    stop_tokens: list[int] = []
+    logprobs: int = -1
+    prompt_logprobs: bool = False
 
 
 class Held(msgspec.Struct, frozen=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import msgspec
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crumplezone.errors import CellRefused, ContextError, InputError
-from crumplezone.reports.records.report import BatchRecord, Exit, Generating
+from crumplezone.reports.records.report import BatchRecord, Exit
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.call import DecodeOptions, Rows
 from crumplezone.workers.batch.columns import Columns
@@ -24,6 +23,7 @@ from crumplezone.workers.model.limits import Limits
 from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
 from crumplezone.workers.protocol.generate.messages import Generate, Generated, Join
+from crumplezone.workers.protocol.generate.records import generating
 from crumplezone.workers.protocol.messages import (
     Adapt,
     Adapted,
@@ -292,10 +292,7 @@ class DecodeClient(CellClient[CellInfo]):
             outputs=[bool(output) for output in batch.outputs[:n]],
             operation="generate",
             chunk=chunk,
-            generating=[
-                Generating(join.seq_id, known.tolist(), **dataclasses.asdict(join.sampling))
-                for join, known in joins
-            ],
+            generating=[generating(join, known) for join, known in joins],
         )
 
     def _checked(self, spans: Sequence[Span]) -> Sequence[Span]:

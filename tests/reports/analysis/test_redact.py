@@ -113,8 +113,10 @@ class Planter:
             return self.value(str if str in choices else choices[0], rule)
         if origin is list:
             return [self.value(arguments[0], rule) for _ in range(2)]
+        if origin is tuple:
+            return tuple(self.value(arguments[0], rule) for _ in range(2))
         if origin is dict:
-            keys = {self.value(str, "text" if rule == "table" else "keep") for _ in range(2)}
+            keys = {self.value(arguments[0], "text" if rule == "table" else "keep") for _ in range(2)}
             return {key: self.value(arguments[1], rule) for key in keys}
         if kind is str:
             return self.text(rule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from crumplezone import Batch
 from crumplezone.diagnostics.replay.replay import native_calls
 from crumplezone.diagnostics.replay.script import script
 from crumplezone.errors import CellDied
-from crumplezone.reports.records.report import BatchRecord, Exit, Generating
+from crumplezone.reports.records.report import BatchRecord, Exit
 from crumplezone.sandbox.autopsy.incident import Incident
 from crumplezone.workers.batch.call import DecodeOptions, RefusedError
 from crumplezone.workers.cells.decode_client import DecodeClient
@@ -29,6 +29,7 @@ from crumplezone.workers.model.settings import configure
 from crumplezone.workers.native.decode_cell import DecodeCell
 from crumplezone.workers.native.engine import engine
 from crumplezone.workers.protocol.generate.messages import BESIDE, Generated, Join
+from crumplezone.workers.protocol.generate.records import generating as recorded
 from crumplezone.workers.protocol.generate.sampling import Sampling
 from crumplezone.workers.protocol.messages import MemoryOperation, Request
 from tests.support.decoders import Plant, report_of
@@ -144,7 +145,8 @@ def test_the_script_of_a_crash_draws_the_same(tiny: Path, drive: Make) -> None:
     generating = []
     for seq_id, (prompt, sampling) in prompts.items():
         driver.join(seq_id, prompt, sampling)
-        generating.append(Generating(seq_id, prompt, **asdict(sampling)))
+        tokens = np.array(prompt, np.int32)
+        generating.append(recorded(Join(seq_id, len(tokens), len(tokens), sampling), tokens))
     batch = BatchRecord([], [], [], [], "generate", CHUNK, generating=generating)
     text = script(report_of(batch, str(tiny)))
     text = text.replace(f"in range({native_calls(batch)})", "in range(100)")  # it stops where the crash was
