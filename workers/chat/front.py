@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,12 @@ from crumplezone.errors import InputError
 from crumplezone.workers.cells.turn import Turn
 from crumplezone.workers.chat.answers.parser import Shape
 from crumplezone.workers.chat.families import GENERIC, THINK, Family, family_of
-from crumplezone.workers.chat.formats import FORMATS
+from crumplezone.workers.chat.formats import FORMATS, STOPS
 from crumplezone.workers.chat.messages import Json, checked_messages, mapping
 from crumplezone.workers.chat.stream import ChatCompletion, ChatStream
 from crumplezone.workers.chat.tools import Tools, answer_grammar, answer_schema, checked_tools, told_in_text
-from crumplezone.workers.generate.requests.jobs import Stream
-from crumplezone.workers.protocol.generate.sampling import SamplingOptions
+from crumplezone.workers.generate.requests.request import GivenPrompt, Request, RequestOptions
+from crumplezone.workers.generate.requests.stream import Stream
 from crumplezone.workers.protocol.text import SpecialTokens
 from crumplezone.workers.text.texts import Texts, Tokens
 
@@ -42,7 +42,7 @@ class Chats:
 
     if TYPE_CHECKING:
 
-        def submit_prompt(self, prompt: str, **sampling: Unpack[SamplingOptions]) -> Stream:
+        def submit_prompt(self, prompt: GivenPrompt | Request, **options: Unpack[RequestOptions]) -> Stream:
             """See `Decoder.submit_prompt`."""
 
     def tokenize(
@@ -126,7 +126,7 @@ class Chats:
         response_format: Mapping[str, Any] | None = None,
         chat_format: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> ChatStream:
         """Answer the messages of a chat, together with whatever else is in flight.
 
@@ -153,12 +153,12 @@ class Chats:
         schema = answer_schema(response_format)
         with self._turn.passing():
             template = self._template(chat_format, with_tools=bool(known.usable))
-            text, _ = self._rendered(template, given, known, {**(template_kwargs or {})})
+            text, tokens = self._rendered(template, given, known, {**(template_kwargs or {})})
             thinking = text.rstrip().endswith(THINK)
             limits = self._held(known, schema, template.family, options, thinking=thinking)
         names = () if schema else tuple(known.names)
         shape = Shape(template.family, names, thinking, secrets.token_hex(8))
-        return ChatStream(self.submit_prompt(text, **{**options, **limits}), shape, text)
+        return ChatStream(self.submit_prompt(tokens, **_asked(options, limits, chat_format)), shape, text)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatCompletion:
         """`submit_chat`, waited for.
@@ -229,3 +229,18 @@ class Chats:
             rules, schemas = answer_grammar(schema, thinking=thinking)
             field = "response_format"
         return {"grammar": self._open_texts().grammar(field, rules, schemas)}
+
+
+def _asked(options: RequestOptions, limits: Mapping[str, Any], chat_format: str | None) -> RequestOptions:
+    """The options of the completion.
+
+    Raises:
+        InputError: One of them is none of a chat.
+    """
+    if options.get("echo"):
+        raise InputError("echo", True, "must be False: an answer does not begin with its messages")
+    asked: dict[str, Any] = {**options, **limits}
+    if end := STOPS.get(chat_format or ""):
+        given = options.get("stop", ())
+        asked["stop"] = [given, end] if isinstance(given, str) else [*given, end]
+    return cast(RequestOptions, asked)
