@@ -88,6 +88,20 @@ class Chats:
         with self._turn.passing():
             return self._open_texts().special()
 
+    def schema_to_grammar(self, schema: Mapping[str, Any]) -> str:
+        """A grammar (GBNF) of the JSON texts that satisfy a JSON schema, for the option ``grammar``.
+
+        Of numbers, no bounds are held; of texts, ``pattern`` (between ``^`` and ``$``), the lengths and the
+        formats date, time, date-time and uuid are.
+
+        Raises:
+            InputError: It is no schema, or has what cannot be made a grammar.
+            CellDied, ModelError: As `tokenize`.
+        """
+        with self._turn.passing():
+            rules, schemas = answer_grammar(mapping("schema", schema), thinking=False)
+            return self._open_texts().grammar("schema", rules, schemas)
+
     def apply_template(
         self,
         messages: Sequence[Mapping[str, Any]],
