@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from crumplezone.errors import InputError
 from crumplezone.workers.cells.turn import Turn
 from crumplezone.workers.chat.answers.parser import Shape
 from crumplezone.workers.chat.families import GENERIC, THINK, Family, family_of
-from crumplezone.workers.chat.formats import FORMATS
+from crumplezone.workers.chat.formats import FORMATS, STOPS
 from crumplezone.workers.chat.messages import Json, checked_messages, mapping
 from crumplezone.workers.chat.stream import ChatCompletion, ChatStream
 from crumplezone.workers.chat.tools import Tools, answer_grammar, answer_schema, checked_tools, told_in_text
@@ -88,6 +88,20 @@ class Chats:
         with self._turn.passing():
             return self._open_texts().special()
 
+    def schema_to_grammar(self, schema: Mapping[str, Any]) -> str:
+        """A grammar (GBNF) of the JSON texts that satisfy a JSON schema, for the option ``grammar``.
+
+        Of numbers, no bounds are held; of texts, ``pattern`` (between ``^`` and ``$``), the lengths and the
+        formats date, time, date-time and uuid are.
+
+        Raises:
+            InputError: It is no schema, or has what cannot be made a grammar.
+            CellDied, ModelError: As `tokenize`.
+        """
+        with self._turn.passing():
+            rules, schemas = answer_grammar(mapping("schema", schema), thinking=False)
+            return self._open_texts().grammar("schema", rules, schemas)
+
     def apply_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -158,7 +172,7 @@ class Chats:
             limits = self._held(known, schema, template.family, options, thinking=thinking)
         names = () if schema else tuple(known.names)
         shape = Shape(template.family, names, thinking, secrets.token_hex(8))
-        return ChatStream(self.submit_prompt(tokens, **{**options, **limits}), shape, text)
+        return ChatStream(self.submit_prompt(tokens, **_asked(options, limits, chat_format)), shape, text)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatCompletion:
         """`submit_chat`, waited for.
@@ -229,3 +243,18 @@ class Chats:
             rules, schemas = answer_grammar(schema, thinking=thinking)
             field = "response_format"
         return {"grammar": self._open_texts().grammar(field, rules, schemas)}
+
+
+def _asked(options: RequestOptions, limits: Mapping[str, Any], chat_format: str | None) -> RequestOptions:
+    """The options of the completion.
+
+    Raises:
+        InputError: One of them is none of a chat.
+    """
+    if options.get("echo"):
+        raise InputError("echo", True, "must be False: an answer does not begin with its messages")
+    asked: dict[str, Any] = {**options, **limits}
+    if end := STOPS.get(chat_format or ""):
+        given = options.get("stop", ())
+        asked["stop"] = [given, end] if isinstance(given, str) else [*given, end]
+    return cast(RequestOptions, asked)

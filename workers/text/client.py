@@ -37,7 +37,7 @@ from crumplezone.workers.protocol.text import (
 
 BYTES_MAX = 2**24  # of a text, and of what messages say
 RENDERED_MAX = 2**23  # bytes that messages may become
-GRAMMAR_MAX = 2**22  # bytes
+GRAMMAR_MAX = 2**20  # bytes, and of what it is made of
 _TEMPLATE_MAX = 2**20  # bytes
 _TIMES = 64  # so many bytes have no more tokens, so many tokens no more bytes, than these times
 _DEADLINE = 5.0  # seconds for what is somebody's program: a template, a grammar

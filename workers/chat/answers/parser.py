@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -36,6 +37,10 @@ class Shape:
     tools: Collection[str] = ()
     thinking: bool = False
     key: str = ""
+
+    def of_choice(self, index: int) -> Shape:
+        """The same for one of several choices: their calls have other ids."""
+        return dataclasses.replace(self, key=f"{self.key} {index}")
 
     def call_id(self, index: int) -> str:
         """Of the call with this number. Mistral's templates take nine letters and digits, no others."""

@@ -163,7 +163,7 @@ class TextCell:
                 raise grammars.UnusableError(
                     f"as a grammar it has {len(made)} bytes; {len(room)} are the limit"
                 )
-            grammars.check(self.vocab, text)
+            grammars.check(self.vocab, self._model.native_logs, text)
         self._put(made, room)
         return len(made)
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-import resource
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -21,7 +19,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-_MEMORY = 2**29  # bytes that a template may take
+from crumplezone.workers.native.text.memory import MEMORY, little_memory
 
 
 class TemplateError(Exception):
@@ -69,7 +67,7 @@ def render(template: str, context: dict[str, Any], limit: int) -> str:
     }
     parts, left = list[str](), limit
     try:
-        with _little_memory():
+        with little_memory():
             for part in _compiled(template).generate(**known | context):
                 left -= len(part.encode("utf-8", "replace"))
                 if left < 0:
@@ -78,30 +76,10 @@ def render(template: str, context: dict[str, Any], limit: int) -> str:
     except TemplateError:
         raise
     except MemoryError as error:
-        raise TemplateError(f"it takes more than {_MEMORY} bytes of memory") from error
+        raise TemplateError(f"it takes more than {MEMORY} bytes of memory") from error
     except Exception as error:  # whatever its code raises
         raise TemplateError(f"{type(error).__name__}: {error}") from error
     return "".join(parts)
-
-
-@contextmanager
-def _little_memory() -> Iterator[None]:
-    """With no more memory than a template needs: what it asks for beyond that is a MemoryError.
-
-    RLIMIT_DATA counts private writable memory (setrlimit(2)); what the cell has already counts too, and is
-    the sixth number of statm, in pages (proc_pid_statm(5)).
-    """
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[5]) * resource.getpagesize()
-    soft = used + _MEMORY
-    if before[0] != resource.RLIM_INFINITY:
-        soft = min(soft, before[0])
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 class Literals:
@@ -156,4 +134,4 @@ def parsed(raw: bytes) -> Any:
     try:
         return json.loads(raw)
     except RecursionError as error:
-        raise TemplateError("they are nested too deeply") from error
+        raise TemplateError("it is nested too deeply") from error
