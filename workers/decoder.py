@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from crumplezone.workers.cells.factory import Cells, Start
 from crumplezone.workers.cells.turn import Turn, in_turn
 from crumplezone.workers.embed.embedder import Embedder, Embeddings
 from crumplezone.workers.generate.lanes.pool import Plan
+from crumplezone.workers.generate.observed import Observed
 from crumplezone.workers.generate.pools import Pools
 from crumplezone.workers.generate.prompts import Prompts
 from crumplezone.workers.generate.requests.jobs import BatchJob
@@ -49,7 +50,7 @@ _WORKERS_MAX = 256
 _QUEUE_MAX = 2**20
 
 
-class Decoder(Prompts):
+class Decoder(Prompts, Observed):
     """Native batch decoding in a supervised cell, with a safe fallback and crash reports.
 
     Calls are serialised: several threads may use one decoder. Close it, or use it as a context manager.
