@@ -29,6 +29,7 @@ from crumplezone.workers.cells.turn import Turn, in_turn
 from crumplezone.workers.chat.front import Chats
 from crumplezone.workers.embed.embedder import Embedder, Embeddings
 from crumplezone.workers.generate.lanes.pool import Plan
+from crumplezone.workers.generate.observed import Observed
 from crumplezone.workers.generate.pools import Pools
 from crumplezone.workers.generate.prompts import Prompts
 from crumplezone.workers.generate.requests.jobs import BatchJob
@@ -49,7 +50,7 @@ _WORKERS_MAX = 256
 _QUEUE_MAX = 2**20
 
 
-class Decoder(Prompts, Chats):
+class Decoder(Prompts, Chats, Observed):
     """Native batch decoding in a supervised cell, with a safe fallback and crash reports.
 
     Calls are serialised: several threads may use one decoder. Close it, or use it as a context manager.

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 import traceback
 import weakref
@@ -36,6 +37,8 @@ from crumplezone.sandbox.ipc.channel import (
     ChannelClosed,
     Failure,
     FromChild,
+    Ping,
+    Pong,
     ProtocolError,
     Ready,
     Reply,
@@ -87,7 +90,7 @@ def _started(spec: CellSpec, start: Launcher) -> tuple[Process, Drain]:
 
 
 class Cell:
-    """A running cell. Use it from one thread at a time.
+    """A running cell. Use it from one thread at a time, but for what is said to be for any thread.
 
     Args:
         spec: What to run.
@@ -97,6 +100,9 @@ class Cell:
         CellRefused: The target raised an exception while it was built.
         CellDied: It died while it started.
         OSError: No process or descriptor could be had.
+
+    Attributes:
+        heard: When it sent its latest frame, by `time.monotonic`.
     """
 
     def __init__(self, spec: CellSpec, start: Launcher = spawn) -> None:
@@ -104,6 +110,10 @@ class Cell:
         self._next_id = 1
         self._oom_kills = oom_kills()
         self._phase = "start"
+        self.heard = 0.0
+        self._quiet = threading.RLock()  # held while it is asked for a sign of life
+        self._calls = 0  # under way: more than one while a question is open
+        self._unanswered, self._odd = False, ""  # of a ping: it has yet to come, and was something else
         self._process, self._drain = with_room(lambda: _started(spec, start))
         process = self._process
         self._evidence: Future[Evidence] | None = None  # of its death
@@ -233,13 +243,18 @@ class Cell:
         """
         if not self.alive or os.getpid() != self._owner:
             raise UsageError("this cell is closed, or was made before a fork: make a new one")
-        if self._process.is_waited_for:
-            raise UsageError("this cell is in the middle of another call: make this one after that")
+        with self._quiet:
+            if self._process.is_waited_for:
+                raise UsageError("this cell is in the middle of another call: make this one after that")
         call_id = self._next_id
         self._next_id += 1
         failed: list[BaseException] = []
         call = Call(call_id, msgspec.Raw(msgspec.msgpack.encode(request)))
+        calls = self._calls
         try:
+            with self._quiet:  # no ping comes in between from here
+                self._calls = calls + 1
+            self._await_pong(deadline)
             frame = self._talk(call, deadline, fds)
             while on_ask and isinstance(frame, Ask) and frame.id == call_id:
                 frame = self._talk(self._answer(frame, on_ask, failed), deadline)
@@ -248,6 +263,8 @@ class Cell:
         except BaseException:  # an interrupted call would leave its reply in the socket for the next one
             self.close()
             raise
+        finally:
+            self._calls = calls
         if failed:
             raise failed[0]
         if isinstance(frame, Failure) and frame.id == call_id:
@@ -302,6 +319,55 @@ class Cell:
         """Give up a cell that answered, but not as it should; returns the error to raise."""
         return self._lost(condemned=(kind, f"{why}; killed by the supervisor"))
 
+    def ping(self, seconds: float) -> bool | None:
+        """From any thread: whether it answers within so many seconds. None: it is in the middle of a call.
+
+        One that does not is not given up: it may be slow, and of its death whoever works with it is told.
+        """
+        with self._quiet:
+            if self._calls or self._process.is_waited_for:
+                return None
+            if not self.alive or os.getpid() != self._owner:
+                return False
+            with self._process.waited_for():  # its descriptors stay open
+                try:
+                    return self._answers(seconds)
+                except (ProtocolError, ChannelClosed, OSError, ValueError):
+                    return False
+
+    def _answers(self, seconds: float) -> bool:
+        if not self._unanswered:
+            self._channel.post(Ping())
+            self._unanswered = True
+        sock, end = self._process.lines.sock.fileno(), time.monotonic() + seconds
+        while (left := end - time.monotonic()) >= 0:
+            ready = dict(self._poller.poll(min(left, _LOOK) * 1000))
+            if ready.keys() - {sock} or ready.get(sock, select.POLLIN) != select.POLLIN:
+                return False  # it has died
+            if ready:
+                return self._is_pong()
+        return False
+
+    def _is_pong(self) -> bool:
+        try:
+            frame = self._channel.receive()
+        except ProtocolError as error:
+            self._odd = f"sent a bad frame: {error}"
+            return False
+        self.heard, self._unanswered = time.monotonic(), False
+        if not isinstance(frame, Pong):
+            self._odd = "answered when it was not asked"
+        return not self._odd
+
+    def _await_pong(self, deadline: float | None) -> None:
+        """Before it is sent a request: it has to have read what it was sent before."""
+        if self._unanswered and not self._odd:
+            if not isinstance(self._talk(None, deadline), Pong):
+                self._odd = "answered when it was not asked"
+            self._unanswered = False
+        if self._odd:
+            raise self._broken(self._odd)
+
     def kill(self) -> None:
         """SIGKILL the process, from any thread: who waits for its reply finds it dead."""
         self._process.signal(signal.SIGKILL)
@@ -316,12 +382,16 @@ class Cell:
                 arena = self.arena
                 self._evidence.add_done_callback(lambda _: arena.release())
 
-    def _talk(self, frame: msgspec.Struct, deadline: float | None, fds: Sequence[int] = ()) -> object:
+    def _talk(self, frame: msgspec.Struct | None, deadline: float | None, fds: Sequence[int] = ()) -> object:
         """`_exchange`; a signal handler may close the cell meanwhile, and may call nothing else of it."""
         with self._process.waited_for():
-            return self._exchange(frame, deadline, fds)
+            answer = self._exchange(frame, deadline, fds)
+        self.heard = time.monotonic()
+        return answer
 
-    def _exchange(self, frame: msgspec.Struct, deadline: float | None, fds: Sequence[int] = ()) -> object:
+    def _exchange(
+        self, frame: msgspec.Struct | None, deadline: float | None, fds: Sequence[int] = ()
+    ) -> object:
         self._post(frame, fds)
         sock, fault = self._process.lines.sock.fileno(), self._process.lines.fault_fd
         end = None if deadline is None else time.monotonic() + deadline
@@ -349,7 +419,9 @@ class Cell:
             if end is not None and time.monotonic() >= end:
                 raise self.condemn(Exit.HANG, "no reply within the deadline")
 
-    def _post(self, frame: msgspec.Struct, fds: Sequence[int]) -> None:
+    def _post(self, frame: msgspec.Struct | None, fds: Sequence[int]) -> None:
+        if frame is None:  # an answer is awaited already
+            return
         try:
             with contextlib.suppress(ChannelClosed):  # it died between two calls: who waits finds out how
                 self._channel.post(frame, fds)

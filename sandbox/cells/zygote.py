@@ -75,6 +75,12 @@ class Zygote:
         self._closed = self._unforkable = False
 
     @property
+    def cell(self) -> Cell | None:
+        """The latest one, dead or alive."""
+        line = self._line
+        return line.cell if line else None
+
+    @property
     def pid(self) -> int | None:
         """Process id, if it runs."""
         line = self._line

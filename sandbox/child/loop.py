@@ -27,6 +27,8 @@ from crumplezone.sandbox.ipc.channel import (
     Failure,
     FromSupervisor,
     LogLine,
+    Ping,
+    Pong,
     Ready,
     Reply,
     Start,
@@ -151,7 +153,7 @@ class _Loop:
             return
         self._decode = msgspec.msgpack.Decoder(self._service.request_type).decode
         while True:
-            self._handle(self._channel.receive())
+            self._handle(self._received())
 
     def ask(self, question: msgspec.Struct) -> msgspec.Raw:
         """Ask the supervisor something in the middle of a call; other calls may come before the answer.
@@ -160,11 +162,17 @@ class _Loop:
             AbandonedError: There is no answer: the call is to end.
         """
         self._channel.send(Ask(self._calls[-1], msgspec.Raw(self._encode(question))))
-        while not isinstance(frame := self._channel.receive(), Answer):
+        while not isinstance(frame := self._received(), Answer):
             self._handle(frame)
         if not bytes(frame.body):
             raise AbandonedError
         return frame.body
+
+    def _received(self) -> object:
+        """The next frame that asks for more than a sign of life."""
+        while isinstance(frame := self._channel.receive(), Ping):
+            self._channel.send(Pong())
+        return frame
 
     def _handle(self, call: object) -> None:
         assert isinstance(call, Call)

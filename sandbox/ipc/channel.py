@@ -72,6 +72,14 @@ class Answer(msgspec.Struct, tag="answer", frozen=True, omit_defaults=True):
     body: msgspec.Raw = msgspec.Raw()  # empty where it is left out
 
 
+class Ping(msgspec.Struct, tag="ping", frozen=True):
+    """Supervisor to child, between two calls or in the middle of a question: are you there?"""
+
+
+class Pong(msgspec.Struct, tag="pong", frozen=True):
+    """Child to supervisor: yes."""
+
+
 class LogLine(msgspec.Struct, frozen=True):
     """Child to supervisor, on the log socket: one log record."""
 
@@ -84,8 +92,8 @@ class LogLine(msgspec.Struct, frozen=True):
     line: int = 0
 
 
-FromChild = Ready | Reply | Failure | Ask
-FromSupervisor = Start | Call | Answer
+FromChild = Ready | Reply | Failure | Ask | Pong
+FromSupervisor = Start | Call | Answer | Ping
 
 
 class ProtocolError(Exception):

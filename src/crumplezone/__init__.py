@@ -46,6 +46,16 @@ if TYPE_CHECKING:
     from crumplezone.workers.llama.objects import LogitsProcessorList as LogitsProcessorList
     from crumplezone.workers.llama.objects import StoppingCriteriaList as StoppingCriteriaList
     from crumplezone.workers.model.file import embedded_model as embedded_model
+    from crumplezone.workers.observe.events import CellLost as CellLost
+    from crumplezone.workers.observe.events import FirstToken as FirstToken
+    from crumplezone.workers.observe.events import NewTokens as NewTokens
+    from crumplezone.workers.observe.events import ReportWritten as ReportWritten
+    from crumplezone.workers.observe.events import RequestAdmitted as RequestAdmitted
+    from crumplezone.workers.observe.events import RequestFinished as RequestFinished
+    from crumplezone.workers.observe.events import RequestQueued as RequestQueued
+    from crumplezone.workers.observe.events import RequestResumed as RequestResumed
+    from crumplezone.workers.observe.health import CellHealth as CellHealth
+    from crumplezone.workers.observe.stats import Stats as Stats
     from crumplezone.workers.protocol.generate.messages import Logprob as Logprob
 
     __version__: str
@@ -79,6 +89,12 @@ _NAMES = {
     "workers.batch.results": ("Result", "Rung"),
     "workers.generate.requests.completion": ("Completion",),
     "workers.ladder.safe_batch": ("SafeBatchProcessor",),
+    "workers.observe.events": (
+        *("CellLost", "FirstToken", "NewTokens", "ReportWritten"),
+        *("RequestAdmitted", "RequestFinished", "RequestQueued", "RequestResumed"),
+    ),
+    "workers.observe.health": ("CellHealth",),
+    "workers.observe.stats": ("Stats",),
     "workers.protocol.generate.messages": ("Logprob",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

@@ -21,7 +21,7 @@ ORDER = {
     "reports": ("printable", "records", "analysis", "formats", "store", "html"),
     "sandbox": ("host", "ipc", "process", "child", "autopsy", "cells"),
     "workers": (
-        *("protocol", "native", "batch", "model", "incidents", "cells"),
+        *("protocol", "native", "batch", "model", "observe", "incidents", "cells"),
         *("memory", "width", "ladder", "embed", "text", "generate", "chat", "llama", "decoder"),
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -20,6 +21,7 @@ from crumplezone.workers.cells.source import CellSource
 from crumplezone.workers.incidents.reporter import Reporter
 from crumplezone.workers.model.adapters import Adapters
 from crumplezone.workers.model.limits import Limits
+from crumplezone.workers.observe.observer import Observer
 from crumplezone.workers.protocol.arrays import BatchArrays, batch_shapes
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
 from crumplezone.workers.protocol.generate.messages import Generate, Generated, Join
@@ -73,6 +75,7 @@ class DecodeClient(CellClient[CellInfo]):
             limits.deadline,
         )
         self._progress = ProgressChecker(0)
+        self._observer = reporter.observer if reporter else Observer()
 
     @property
     def n_batch(self) -> int:
@@ -121,7 +124,9 @@ class DecodeClient(CellClient[CellInfo]):
         shapes = batch_shapes(request.n_tokens, request.n_seq_ids, request.n_embd)
         *batch, logits, embeddings = cell.arrays([*shapes, *row_shapes(request, info)])
         columns.fill(BatchArrays(*batch))
+        begin = time.monotonic()
         decoded = self._call(request, Decoded)
+        self._observer.called(1, time.monotonic() - begin)
         spans = self._checked(decoded.spans)
         self._check(decoded.rc, spans)
         cell.check_written(n_bytes)
@@ -264,12 +269,16 @@ class DecodeClient(CellClient[CellInfo]):
         room[:] = np.frombuffer(encoded, np.uint8)
         for place, (_, tokens) in zip(rooms, joins, strict=True):
             place[:] = tokens
+        begin = time.monotonic()
         try:
             generated = self._call(request, Generated)
         except CellRefused as refused:
             if refused.kind == "NonFiniteError":
                 raise self._condemn(Exit.NON_FINITE, str(refused)) from refused
             raise
+        if generated.calls > steps:
+            raise self._lie(f"made {generated.calls} native calls, and was asked for {steps}")
+        self._observer.called(generated.calls, time.monotonic() - begin)
         self._check(generated.rc)
         if problem := self._progress.land(generated, chunk):
             raise self._lie(problem)

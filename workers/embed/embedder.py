@@ -16,6 +16,7 @@ from crumplezone.errors import (
     check_texts,
 )
 from crumplezone.reports.records.report import BatchRecord
+from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.sandbox.cells.zygote import Zygote
 from crumplezone.workers.batch.columns import Columns, Float32, Int32
 from crumplezone.workers.batch.results import Rung
@@ -126,6 +127,11 @@ class Embedder:
             norms = np.sqrt(np.einsum("ij,ij->i", job.vectors, job.vectors, dtype=np.float64))
             job.vectors /= np.where(norms > 0, norms, 1)[:, None]
         return Embeddings(job.vectors, job.errors, job.reports)
+
+    @property
+    def cell(self) -> Cell | None:
+        """The cell of the latest call, dead or alive."""
+        return self._client.cell
 
     @property
     def pid(self) -> int | None:

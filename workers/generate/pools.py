@@ -45,6 +45,11 @@ class Pools:
         """How many prompts can be in flight. Waits for the measurement of the width."""
         return self._current().places
 
+    @property
+    def known_places(self) -> int:
+        """As `places`; 0 where that is not known yet."""
+        return self._pools[-1].known_places if self._pools else 0
+
     def change(self, **changes: Any) -> None:
         """Have lanes made of something else from now on: fields of `Plan`."""
         self._plan = dataclasses.replace(self._plan, **changes)
@@ -58,9 +63,10 @@ class Pools:
 
         Raises:
             QueueFullError: There is no room, or never will be.
-            CrumplezoneError: There are no lanes, or the decoder was closed.
+            CrumplezoneError: There are no lanes, or the decoder was closed, or is draining.
         """
-        with self._turn.passing():
+        traces = [job.trace for job in jobs]
+        with self._turn.passing(), self._plan.cells.reporter.observer.taking(traces):
             while not self._current().put(jobs, wait=wait):  # it was retired in between
                 pass
 

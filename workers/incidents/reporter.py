@@ -38,6 +38,7 @@ from crumplezone.workers.incidents.blame import Blame
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.incidents.job import JobRecord, _Crash
 from crumplezone.workers.model import file as model
+from crumplezone.workers.observe.observer import Observer
 from crumplezone.workers.protocol.config import CellConfig, CellInfo
 
 _PRUNE_EVERY = 64  # reports
@@ -76,6 +77,7 @@ class Reporter:
 
     Attributes:
         blame: The prompts that are known to crash alone.
+        observer: Told of crashes and of reports; what else happens is told to it by whoever has this.
     """
 
     def __init__(self, directory: Path, *, redacted: bool = False) -> None:
@@ -85,6 +87,7 @@ class Reporter:
         self._storm = Storm(self.store.has)
         self._written = 0
         self._errands = Errands("reporter")
+        self.observer = Observer()
         self._closed = False
         _reporters.add(self)
 
@@ -192,6 +195,7 @@ class Reporter:
         """Write what is left, and end the thread. Log records are waited for, but not for long."""
         self._closed = True
         self._errands.end()
+        self.observer.close()
         DELIVERY.wait()
 
     def leave(self, seconds: float) -> None:
@@ -205,6 +209,7 @@ class Reporter:
         path = str(self.store.path(report_id))
         crash = _Crash(report_id, incident, rung, None, config, None, path)
         case.crashes.append(crash)
+        self.observer.lost(path)
         return crash
 
     def _submit(
@@ -231,8 +236,10 @@ class Reporter:
             return
         report = _compose(crash, case)
         report = self._finish(report, from_ladder(report))
+        self.observer.explained(report.evidence.exit)
         report = self._update(report) if self.store.has(crash.id) else self._write(report)
         _log.warning("%s Report: %s", text.summary(report), crash.path)
+        self.observer.written(report, crash.path)
 
     def _write(self, report: Report) -> Report:
         report = self._storm.admit(report)

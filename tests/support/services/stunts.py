@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
+from crumplezone.sandbox.child import loop
 from crumplezone.sandbox.child.loop import Room
-from crumplezone.sandbox.ipc.channel import LogLine
+from crumplezone.sandbox.ipc.channel import LogLine, Ping, Reply
 from tests.support.services import refuse
 
 
@@ -142,6 +143,15 @@ def _shout() -> None:
 
 def _thread() -> None:
     threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+
+def _stray_reply() -> None:
+    """Answer pings with something else from now on."""
+    loop.Pong = lambda: Reply(7, msgspec.Raw(b"\xc0"))  # type: ignore[assignment,misc]
+
+
+def _stray_frame() -> None:
+    loop.Pong = Ping  # type: ignore[assignment,misc]
 
 
 def _log_and_hang() -> None:

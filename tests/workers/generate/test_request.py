@@ -191,7 +191,14 @@ LIKELY = st.lists(st.floats(-20, 0), max_size=5)
 def test_the_best_are_those_whose_tokens_are_likeliest(given: list[tuple[list[float], bool]], n: int) -> None:
     made = [
         Completion(
-            i, "", "", [], "", Rung.NATIVE, InputError("", 0, "") if bad else None, logprobs=[*map(Logprob, each)]
+            i,
+            "",
+            "",
+            [],
+            "",
+            Rung.NATIVE,
+            InputError("", 0, "") if bad else None,
+            logprobs=[*map(Logprob, each)],
         )
         for i, (each, bad) in enumerate(given)
     ]

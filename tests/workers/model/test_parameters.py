@@ -68,8 +68,7 @@ def originals(model: Path) -> Any:
 
 
 def test_cells_get_the_parameters_of_llama(smollm: Path) -> None:
-    sizes = {"n_ctx": 512, "n_batch": 512, "n_threads": 1}
-    configs = [configure(smollm, **sizes, **options) for options in OPTIONS]
+    configs = [configure(smollm, **SIZES | {"n_ctx": 512}, **options) for options in OPTIONS]
     found = program("ours", msgspec.json.encode(configs).decode())
     for (model, context), (its_model, its_context, _) in zip(found, originals(smollm), strict=True):
         assert model == its_model
@@ -107,7 +106,8 @@ def test_numbers_names_and_none_are_the_same() -> None:
     assert names == parameters_of({"type_k": 8, "rope_scaling_type": 2, "split_mode": 2, "flash_attn": True})
     nothing = parameters_of({"type_k": None, "type_v": None, "op_offload": None, "swa_full": None})
     assert CellConfig("m", 1, 1, 1, 1, 1, **nothing) == CellConfig("m", 1, 1, 1, 1, 1, **parameters_of({}))
-    ours = parameters_of({"n_threads_batch": np.int32(2), "kv_unified": np.True_, "tensor_split": np.ones(2)})
+    numpy: Any = {"n_threads_batch": np.int32(2), "kv_unified": np.True_, "tensor_split": np.ones(2)}
+    ours = parameters_of(numpy)
     assert msgspec.json.encode(ours)
 
 

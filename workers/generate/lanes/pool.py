@@ -116,6 +116,11 @@ class Pool:
             raise self.failure or UsageError("this decoder is closed: make a new one")
         return self._width.n_seq * self.plan.workers
 
+    @property
+    def known_places(self) -> int:
+        """As `places`; 0 where that is not known yet."""
+        return self._width.n_seq * self.plan.workers if self._width else 0
+
     def put(self, jobs: Sequence[Job], *, wait: bool = False) -> bool:
         """Add jobs, all or none; False if the pool takes no more.
 

@@ -35,6 +35,7 @@ class Running:
 
     def __post_init__(self) -> None:
         self.reports = self.job.made.reports
+        self.job.trace.admit(len(self.prompt_tokens))
 
     @property
     def produced(self) -> list[int]:
@@ -50,6 +51,7 @@ class Running:
         """Add what came back."""
         self.problem = progress.problem
         self.job.made.take(progress)
+        self.job.trace.progress(progress)
 
     def done(self, reason: str, rung: Rung, error: CrumplezoneError | None = None) -> None:
         """Give the caller what there is."""

@@ -112,8 +112,8 @@ class _Reader:
         read = 0
         try:
             for index, prompt in self._allowed():
-                read += 1
                 self._begin(index, prompt)
+                read += 1
         except BaseException as error:  # noqa: BLE001 - the caller's, to be raised in its turn
             self.raised = error
         self.read = read
@@ -146,6 +146,9 @@ class _Reader:
             order.drop()
         try:
             self._lanes.put(order.jobs, wait=True)
+        except UsageError:  # nothing more is taken: after what was
+            del self._begun[index]
+            raise
         except Exception as error:  # noqa: BLE001 - nothing more can be done
             self._done.put(error)
         self.servers = order.servers

@@ -21,6 +21,7 @@ from crumplezone.workers.batch.results import Result, Rung
 from crumplezone.workers.generate.requests.completion import Completion
 from crumplezone.workers.generate.requests.made import Made
 from crumplezone.workers.generate.requests.request import Request
+from crumplezone.workers.observe.trace import Trace
 
 _T = TypeVar("_T")
 
@@ -87,6 +88,7 @@ class PromptJob:
         dropped: Nobody wants it any more.
         nudge: Has the lane that has it look at it soon.
         failure: Why it is to be raised that there is no completion.
+        trace: What is told of it.
         servers: The threads that may do it.
     """
 
@@ -98,6 +100,7 @@ class PromptJob:
         self.dropped = False
         self.nudge = _nobody
         self.failure: Exception | None = None
+        self.trace = Trace(index)
         self.servers: Container[int] = ()
         self._on_end = on_end
         self._ending = threading.Lock()  # held for good by who ends it
@@ -128,6 +131,7 @@ class PromptJob:
         self.made.end(reason, rung, error, reports)
         if self._ending.acquire(blocking=False):
             self.nudge = _nobody  # its lane is not kept
+            self.trace.finish(self.made.finish_reason, self.made.reports)
             self._on_end()
 
     def expire(self) -> None:
@@ -169,6 +173,11 @@ class BatchJob:
     columns: Columns
     ask: DecodeOptions
     future: Awaited[Result] = field(default_factory=Awaited)
+    trace: Trace = field(default_factory=lambda: Trace(None))
+
+    def __post_init__(self) -> None:
+        trace = self.trace
+        self.future.add_done_callback(lambda _: trace.finish("done"))
 
     @property
     def unwanted(self) -> bool:

@@ -32,6 +32,11 @@ class Stream(Awaited[Completion]):
         order.tell = _Tell(weakref.ref(self), self._kept)
 
     @property
+    def id(self) -> int:
+        """Its number in this decoder, from 1, as listeners are told."""
+        return self._order.jobs[0].trace.request
+
+    @property
     def choices(self) -> tuple[Choice, ...]:
         """The text of each of the ``n`` choices, to iterate over; that of the stream is the first."""
         return tuple(Choice(self, made) for made in self._order.shown)

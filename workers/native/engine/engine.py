@@ -110,8 +110,9 @@ class Engine:
     def generate(self, batch: BatchArrays, steps: int) -> Generated:
         """Run up to ``steps`` native calls, fewer if there is something to tell: see `Generate`."""
         running = list(self._running.values())
-        began, rc = time.monotonic(), 0
+        began, rc, calls = time.monotonic(), 0, 0
         for _ in range(steps if running else 0):
+            calls += 1
             rc, urgent = self._step(batch, running)
             if rc or urgent or self._nudged() or time.monotonic() - began > _GROUP_S:
                 break
@@ -122,7 +123,7 @@ class Engine:
                 self.leave(sequence.seq_id)
         if rc:  # nobody knows what it left in memory
             self.reset()
-        return Generated(rc, progress)
+        return Generated(rc, progress, calls)
 
     def _step(self, batch: BatchArrays, running: list[RunningSequence]) -> tuple[int, bool]:
         """One native call; its return code, and whether a sequence got its first token or its last."""

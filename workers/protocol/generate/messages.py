@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -134,3 +134,4 @@ class Generated(msgspec.Struct, frozen=True):
 
     rc: int
     progress: list[Progress]
+    calls: Annotated[int, msgspec.Meta(ge=0)] = 0  # native ones
