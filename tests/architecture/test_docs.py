@@ -34,12 +34,13 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.timeout(260)
 @pytest.mark.parametrize(("language", "code"), EXAMPLES)
 def test_example(language: str, code: str, tmp_path: Path) -> None:
     run(language, code, tmp_path)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_tutorial(tmp_path: Path) -> None:
     """Its steps need what those before have left."""
     said = [run(language, code, tmp_path) for language, code in examples(TUTORIAL)]
@@ -63,7 +64,7 @@ def run(language: str, code: str, folder: Path) -> str:
         env={**os.environ, **own},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr

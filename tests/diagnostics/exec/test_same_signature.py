@@ -22,6 +22,8 @@ from tests.support.processes.crashes import die as fault_in_a_cell
 from tests.support.processes.programs import PYTHON, armed, plain
 from tests.support.services import faults, stunts
 
+pytestmark = pytest.mark.timeout(400)  # the first one makes all of the crashes
+
 DOUBLE = """
 import socket, sys
 import msgspec
