@@ -9,7 +9,7 @@ from typing import Any
 PROMPT = "The quick brown fox"
 SEA = 'root ::= [a-z ]+ ("." | ",")'
 NEUTRAL: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repeat_penalty": 1.0}
-GREEDY: dict[str, Any] = NEUTRAL | {"temperature": 0.0, "seed": 7, "max_tokens": 32}
+GREEDY: dict[str, Any] = NEUTRAL | {"temperature": 0.0, "seed": 7, "max_tokens": 24}
 WARM: dict[str, Any] = GREEDY | {"temperature": 0.9}
 
 # By name: the arguments of `create_completion`, of which `Sampling` has all but "stop" and "logprobs".
@@ -41,9 +41,8 @@ def main(model: str) -> dict[str, Any]:
     """The original's answer to each: text, why it ended, and logprobs."""
     import llama_cpp
 
-    llama: Any = llama_cpp.Llama(
-        model, n_ctx=256, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False
-    )
+    options = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "logits_all": True}
+    llama: Any = llama_cpp.Llama(model, verbose=False, **options)
     answers = {}
     for name, case in CASES.items():
         llama.reset()
