@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crumplezone.workers.cells.progress import ProgressChecker
-from crumplezone.workers.protocol.generate.messages import Generated, Join, Progress
+from crumplezone.workers.protocol.generate.messages import (
+    LOGPROBS_MAX,
+    OUTPUTS,
+    PROBLEM_MAX,
+    Generated,
+    Join,
+    Logprob,
+    Progress,
+)
 from crumplezone.workers.protocol.generate.sampling import Sampling
 
 N_VOCAB = 9
@@ -140,3 +150,93 @@ def test_a_sequence_that_left_is_told_of_no_more() -> None:
     flight.leave(0)
     assert flight.land(Generated(0, [Progress(0, [1], b"")]), 10) != ""
     assert flight.land(Generated(0, []), 10) == ""
+
+
+# --- what else is told
+
+
+def likely(n: int, value: float = -1.0) -> Logprob:
+    return Logprob(value, [(i, value) for i in range(n)])
+
+
+def asked(n_tokens: int = 12, n_prompt: int = 10, **options: Any) -> ProgressChecker:
+    """One sequence, of which two tokens were drawn before."""
+    flight = ProgressChecker(N_VOCAB)
+    flight.join(Join(0, n_tokens, n_prompt, Sampling(9, grammar="root ::= [a]"), **options))
+    return flight
+
+
+def told(**fields: Any) -> Generated:
+    """An honest first reply, but for what is named."""
+    honest = Progress(0, [1], b"a", logprobs=[likely(2)], prompt_logprobs=[likely(2)] * 9, read=12)
+    return Generated(0, [msgspec.structs.replace(honest, **fields)])
+
+
+@pytest.mark.parametrize(
+    ("lie", "found"),
+    [
+        ({"logprobs": []}, "0 probabilities for 1 tokens"),
+        ({"logprobs": [likely(2)] * 2}, "2 probabilities for 1 tokens"),
+        ({"logprobs": [likely(1)]}, "1 likely tokens, where 2"),
+        ({"logprobs": [likely(3)]}, "3 likely tokens, where 2"),
+        ({"logprobs": [likely(2, 0.5)]}, "a probability that there cannot be"),
+        ({"logprobs": [likely(2, float("-inf"))]}, "a probability that there cannot be"),
+        ({"logprobs": [likely(2, float("nan"))]}, "a probability that there cannot be"),
+        ({"logprobs": [Logprob(-1.0, [(0, -1.0), (N_VOCAB, -2.0)])]}, "a likely token that is none"),
+        ({"prompt_logprobs": [likely(2)] * 10}, "10 probabilities of the prompt"),
+        ({"prompt_logprobs": [likely(2)] * 8}, "8 probabilities of the prompt"),
+        ({"prompt_logprobs": [likely(2, 1.0)] * 9}, "a probability that there cannot be"),
+        ({"read": 14}, "14 tokens read, after 0 of 13"),
+        ({"cached": 1}, "1 tokens that need not be computed"),
+        ({"problem": "none"}, "a reason of 4 characters, as ''"),
+        ({"finished": "refused"}, "a reason of 0 characters, as 'refused'"),
+        ({"finished": "refused", "problem": "x" * (PROBLEM_MAX + 1)}, f"a reason of {PROBLEM_MAX + 1}"),
+        ({"finished": "refused", "problem": "x"}, "that it has no grammar that would do"),
+        ({"tokens": [1] * 8, "logprobs": [likely(2)] * 8}, "went on with sequence 0 after its last token"),
+    ],
+)
+def test_what_cannot_be_is_a_lie(lie: dict[str, Any], found: str) -> None:
+    flight = asked(logprobs=2, prompt_logprobs=True)
+    assert found in flight.land(told(**lie), 100)
+
+
+def test_what_can_be_is_none() -> None:
+    flight = asked(logprobs=2, prompt_logprobs=True)
+    assert flight.land(told(), 100) == ""
+    more = told(read=13, prompt_logprobs=[], finished="word")
+    assert flight.land(more, 100) == ""
+
+
+def test_what_was_not_asked_for_is_not_told() -> None:
+    assert asked().land(told(logprobs=[], prompt_logprobs=[]), 100) == ""
+    assert "probabilities for" in asked().land(told(prompt_logprobs=[]), 100)
+    assert "of the prompt" in asked().land(told(logprobs=[]), 100)
+    top = asked(logprobs=LOGPROBS_MAX).land(told(logprobs=[likely(N_VOCAB)], prompt_logprobs=[]), 100)
+    assert top == ""  # more there are not
+
+
+def test_what_is_in_memory_does_not_get_less() -> None:
+    plain = {"logprobs": [], "prompt_logprobs": []}
+    flight = asked()
+    assert flight.land(told(read=12, cached=11, **plain), 100) == ""
+    assert "13 tokens read" not in flight.land(told(read=13, cached=11, **plain), 100)
+    assert "12 tokens read, after 13" in flight.land(told(read=12, cached=11, **plain), 100)
+    flight = asked()
+    assert flight.land(told(read=12, cached=5, **plain), 100) == ""
+    assert "4 tokens that need" in flight.land(told(read=13, cached=4, **plain), 100)
+    looks_back = ProgressChecker(N_VOCAB)
+    looks_back.join(Join(0, 12, 10, Sampling(9, temperature=1, mirostat_mode=2)))
+    assert "10 tokens that need" in looks_back.land(told(read=12, cached=10, **plain), 100)
+
+
+def test_a_refusal_is_of_a_grammar() -> None:
+    refused = Progress(0, [], b"", "refused", problem="no")
+    assert asked().land(Generated(0, [refused]), 100) == ""
+    flight = flight_of([(4, 9, 9)])
+    assert "has no grammar" in flight.land(Generated(0, [refused]), 100)
+
+
+def test_a_prompt_whose_logits_are_wanted_takes_more_calls() -> None:
+    flight = ProgressChecker(N_VOCAB)
+    flight.join(Join(0, 3 * OUTPUTS, 3 * OUTPUTS, Sampling(9), prompt_logprobs=True))
+    assert silent(flight, [0], 512) == 2
