@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,14 @@ LIKELY = st.lists(st.floats(-20, 0), max_size=5)
 def test_the_best_are_those_whose_tokens_are_likeliest(given: list[tuple[list[float], bool]], n: int) -> None:
     made = [
         Completion(
-            i, "", "", [], "", Rung.NATIVE, InputError("", 0, "") if bad else None, logprobs=[*map(Logprob, each)]
+            i,
+            "",
+            "",
+            [],
+            "",
+            Rung.NATIVE,
+            InputError("", 0, "") if bad else None,
+            logprobs=[*map(Logprob, each)],
         )
         for i, (each, bad) in enumerate(given)
     ]
@@ -208,4 +216,4 @@ def test_the_best_are_those_whose_tokens_are_likeliest(given: list[tuple[list[fl
     assert [each.error is not None for each in chosen] == sorted(each.error is not None for each in chosen)
     assert sum(each.error is None for each in chosen) == min(n, sum(each.error is None for each in order))
     good = [mean(each) for each in chosen if not each.error]
-    assert all(a >= b - 1e-9 for a, b in zip(good, good[1:], strict=False))
+    assert all(a >= b - 1e-9 for a, b in itertools.pairwise(good))
