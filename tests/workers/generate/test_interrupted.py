@@ -52,7 +52,9 @@ def test_whoever_is_interrupted_leaves_nothing_behind(
 ) -> None:
     decoder = make(tiny, 2, queue_size=8)
     work(decoder)
-    events = next(n for n in itertools.count(100, 100) if interrupted_behind(n, lambda: work(decoder)) is None)
+    events = next(
+        n for n in itertools.count(100, 100) if interrupted_behind(n, lambda: work(decoder)) is None
+    )
     kept = []
     for at in range(0, events, max(events // _ROUNDS, 1)):
         kept.append(interrupted_behind(at, lambda: work(decoder)))

@@ -154,7 +154,7 @@ def test_what_the_context_does_not_hold_is_told_before_work(tiny: Path, make: Op
 def test_options_change_a_request(tiny: Path, make: Open) -> None:
     decoder = make(tiny, 2)
     request = Request("abc", max_tokens=3, temperature=0.5, stop="x", priority=2)
-    changed = request.changed(max_tokens=np.int64(5), stop=["y", "z"])
+    changed = request.changed(max_tokens=np.int64(5), stop=["y", "z"])  # type: ignore[arg-type]
     assert (changed.sampling.max_tokens, changed.sampling.temperature) == (5, 0.5)
     assert (changed.stop, changed.priority, request.stop) == (("y", "z"), 2, ("x",))
     assert changed.changed(max_tokens=3, stop=["x"]) == request

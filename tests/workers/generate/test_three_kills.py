@@ -118,7 +118,7 @@ def test_several_choices(heat: dict[str, Any], tiny: Path, make: Open) -> None:
 
 def test_tokens_texts_echo_and_special_tokens(smollm: Path, make: Open) -> None:
     decoder = make(smollm, 1)
-    prompt = ["<|im_start|>user\nCount: ", 33, " two<|im_end|>\n<|im_start|>assistant\n"]
+    prompt: list[int | str] = ["<|im_start|>user\nCount: ", 33, " two<|im_end|>\n<|im_start|>assistant\n"]
     options: dict[str, Any] = {"special": True, "echo": True, "max_tokens": 70, "seed": 1}
     undisturbed = decoder.submit_prompt(prompt, **options).result(_END)
     killer, stream = Killer(decoder, 2, 10, 18), decoder.submit_prompt(prompt, **options)
