@@ -22,7 +22,7 @@ class Killer:
 
     def __init__(self, decoder: Decoder, *tokens: int) -> None:
         self._decoder = decoder
-        self._left = list(tokens or (8, 30, 55))
+        self._left = list(tokens or (8, 25, 40))
         self._killed = set[int]()
 
     @property
@@ -51,49 +51,41 @@ def same(one: Completion, other: Completion) -> bool:
     ]
 
 
-@pytest.fixture
-def heat(tiny: Path, make: Open) -> dict[str, Any]:
-    """Options with which a text is drawn by chance, and does not end soon.
-
-    From few tokens: between two of many, the rounding of a batch of another shape may decide.
-    """
-    decoder = make(tiny, 4)
-    for seed in range(500):
-        options: dict[str, Any] = {"max_tokens": 120, "temperature": 0.8, "top_k": 3, "seed": seed}
-        if len(decoder.submit_prompt("abc", **options).result(_END).tokens) >= 100:
-            return options
-    raise AssertionError("each text ends soon")
+# Greedy: after each kill the prompt is read in a batch of another shape, and where tokens are drawn by chance
+# in a model as undecided as this one, its rounding may decide.
+PROMPT = "dbc and more"
+LONG: dict[str, Any] = {"max_tokens": 120, "seed": 7}
 
 
 @pytest.fixture
-def whole(heat: dict[str, Any], tiny: Path, make: Open) -> str:
+def whole(tiny: Path, make: Open) -> str:
     """The text without a kill, and without a stop string."""
-    return make(tiny, 1).submit_prompt("abc", **heat).result(_END).text
+    return make(tiny, 1).submit_prompt(PROMPT, **LONG).result(_END).text
 
 
-def test_a_stream_up_to_a_stop_string(whole: str, heat: dict[str, Any], tiny: Path, make: Open) -> None:
-    stop = whole[80:85]
-    assert whole.index(stop) == 80
-    options: dict[str, Any] = {**heat, "stop": [stop, "no such text"]}
+def test_a_stream_up_to_a_stop_string(whole: str, tiny: Path, make: Open) -> None:
+    at = next(at for at in range(50, len(whole)) if whole.index(whole[at : at + 4]) == at)
+    stop = whole[at : at + 4]
+    options: dict[str, Any] = {**LONG, "stop": [stop, "no such text"]}
     decoder = make(tiny, 1)
-    undisturbed = decoder.submit_prompt("abc", **options).result(_END)
-    assert (undisturbed.text, undisturbed.stop, undisturbed.finish_reason) == (whole[:80], stop, "stop")
-    killer, stream = Killer(decoder), decoder.submit_prompt("abc", **options)
+    undisturbed = decoder.submit_prompt(PROMPT, **options).result(_END)
+    assert (undisturbed.text, undisturbed.stop, undisturbed.finish_reason) == (whole[:at], stop, "stop")
+    killer, stream = Killer(decoder), decoder.submit_prompt(PROMPT, **options)
     shown = ""
     for piece in pieces_of(stream, killer):
         shown += piece
-        assert whole[:80].startswith(shown)  # nothing of the stop string, and nothing twice
-    assert shown == whole[:80]
+        assert whole[:at].startswith(shown)  # nothing of the stop string, and nothing twice
+    assert shown == whole[:at]
     assert same(stream.result(_END), undisturbed)
     assert killer.kills == 3
 
 
-def test_a_stream_that_a_loop_reads(whole: str, heat: dict[str, Any], tiny: Path, make: Open) -> None:
+def test_a_stream_that_a_loop_reads(whole: str, tiny: Path, make: Open) -> None:
     decoder = make(tiny, 1)
     killer = Killer(decoder)
 
     async def read() -> str:
-        async with decoder.submit_prompt("abc", **heat) as stream:
+        async with decoder.submit_prompt(PROMPT, **LONG) as stream:
             shown = ""
             async for piece in stream:
                 shown += piece
@@ -105,10 +97,10 @@ def test_a_stream_that_a_loop_reads(whole: str, heat: dict[str, Any], tiny: Path
     assert killer.kills == 3
 
 
-def test_several_choices(heat: dict[str, Any], tiny: Path, make: Open) -> None:
+def test_several_choices(tiny: Path, make: Open) -> None:
     decoder = make(tiny, 3)
-    undisturbed = decoder.submit_prompt("abc", n=3, **heat).result(_END)
-    killer, stream = Killer(decoder), decoder.submit_prompt("abc", n=3, **heat)
+    undisturbed = decoder.submit_prompt(PROMPT, n=3, **LONG).result(_END)
+    killer, stream = Killer(decoder), decoder.submit_prompt(PROMPT, n=3, **LONG)
     first = "".join(pieces_of(stream, killer))
     texts = [first, *("".join(choice) for choice in stream.choices[1:])]
     assert same(stream.result(_END), undisturbed)
@@ -141,11 +133,9 @@ def test_characters_of_several_tokens_stay_whole(smollm: Path, make: Open) -> No
     assert killer.kills == 3
 
 
-def test_what_is_cancelled_or_late_after_kills_keeps_its_text(
-    whole: str, heat: dict[str, Any], tiny: Path, make: Open
-) -> None:
+def test_what_is_cancelled_or_late_after_kills_keeps_its_text(whole: str, tiny: Path, make: Open) -> None:
     decoder = make(tiny, 1)
-    killer, stream = Killer(decoder), decoder.submit_prompt("abc", **heat)
+    killer, stream = Killer(decoder), decoder.submit_prompt(PROMPT, **LONG)
     for _ in pieces_of(stream, killer):
         if killer.kills == 3:
             stream.cancel()
@@ -153,6 +143,6 @@ def test_what_is_cancelled_or_late_after_kills_keeps_its_text(
     kept = stream.completion
     assert kept.finish_reason == "cancelled"
     assert whole.startswith(kept.text)
-    assert len(kept.tokens) >= 55
+    assert len(kept.tokens) >= 40
     (after,) = decoder.generate(PROMPTS[:1], max_tokens=3)
     assert after.error is None
