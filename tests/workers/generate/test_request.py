@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_what_the_context_does_not_hold_is_told_before_work(tiny: Path, make: Op
 def test_options_change_a_request(tiny: Path, make: Open) -> None:
     decoder = make(tiny, 2)
     request = Request("abc", max_tokens=3, temperature=0.5, stop="x", priority=2)
-    changed = request.changed(max_tokens=np.int64(5), stop=["y", "z"])
+    changed = request.changed(max_tokens=np.int64(5), stop=["y", "z"])  # type: ignore[arg-type]
     assert (changed.sampling.max_tokens, changed.sampling.temperature) == (5, 0.5)
     assert (changed.stop, changed.priority, request.stop) == (("y", "z"), 2, ("x",))
     assert changed.changed(max_tokens=3, stop=["x"]) == request
@@ -189,30 +190,14 @@ LIKELY = st.lists(st.floats(-20, 0), max_size=5)
 
 @given(st.lists(st.tuples(LIKELY, st.booleans()), min_size=1, max_size=6), st.integers(1, 6))
 def test_the_best_are_those_whose_tokens_are_likeliest(given: list[tuple[list[float], bool]], n: int) -> None:
-    made = [
-        Completion(
-            i,
-            "",
-            "",
-            [],
-            "",
-            Rung.NATIVE,
-            InputError("", 0, "") if bad else None,
-            logprobs=[*map(Logprob, each)],
-        )
-        for i, (each, bad) in enumerate(given)
-    ]
-    chosen = best(made, n)
-    assert len(chosen) == min(n, len(made))
-    assert len({each.index for each in chosen}) == len(chosen)
+    def completion(index: int, *, bad: bool) -> Completion:
+        return Completion(index, "", "", [], "", Rung.NATIVE, InputError("", 0, "") if bad else None)
 
-    def mean(completion: Completion) -> float:
-        told = completion.logprobs or []
-        return sum(each.logprob for each in told) / len(told) if told else float("-inf")
-
-    left = [each for each in made if each not in chosen]
-    order = [*chosen, *left]
-    assert [each.error is not None for each in chosen] == sorted(each.error is not None for each in chosen)
-    assert sum(each.error is None for each in chosen) == min(n, sum(each.error is None for each in order))
-    good = [mean(each) for each in chosen if not each.error]
-    assert all(a >= b - 1e-9 for a, b in zip(good, good[1:], strict=False))
+    made = [(completion(i, bad=bad), [*map(Logprob, told)]) for i, (told, bad) in enumerate(given)]
+    chosen = [each.index for each in best(made, n)]
+    means = [sum(told) / len(told) if told else float("-inf") for told, _ in given]
+    assert len(set(chosen)) == len(chosen) == min(n, len(made))
+    for one, other in itertools.pairwise([*chosen, *(i for i in range(len(made)) if i not in chosen)]):
+        if one in chosen:
+            assert given[one][1] <= given[other][1]  # who failed comes last
+            assert given[one][1] != given[other][1] or means[one] >= means[other] - 1e-9

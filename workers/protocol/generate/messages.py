@@ -34,9 +34,7 @@ class Join(msgspec.Struct, frozen=True):
         int
     ] = []  # so does one that would get one of these, which end like an end of generation
     logprobs: int = -1  # how many of the likeliest come with each token drawn; -1: not even its own
-    prompt_logprobs: int = (
-        0  # the same for the tokens of the prompt from this one on, 1 or later; 0: for none
-    )
+    prompt_logprobs: bool = False  # the same for each token of the prompt but the first
 
     @property
     def drawn(self) -> int:
