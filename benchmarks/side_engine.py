@@ -16,7 +16,7 @@ import numpy.typing as npt
 from benchmarks.peer import serve
 from crumplezone.sandbox.child.loop import Room
 from crumplezone.sandbox.ipc.arena import Arena
-from crumplezone.workers.generate.lanes.recovery import MOST_STEPS
+from crumplezone.workers.generate.lanes.recovery import STEPS
 from crumplezone.workers.model.settings import configure
 from crumplezone.workers.native.decode_cell import DecodeCell
 from crumplezone.workers.protocol.generate.messages import Generate, Join
@@ -61,7 +61,7 @@ class InProcessEngine:
             # The lowest first, as `Generation` does: llama.cpp computes only neighbours together.
             sampling = Sampling(max_tokens)
             joins = [Join(heapq.heappop(free), len(tokens), len(tokens), sampling) for tokens in joining]
-            request, encoded = Generate.of(joins, MOST_STEPS, N_BATCH, reset=first)
+            request, encoded = Generate.of(joins, STEPS, N_BATCH, reset=first)
             _, room, rooms = request.arrays(self._arena)
             room[:] = np.frombuffer(encoded, np.uint8)
             for place, tokens in zip(rooms, joining, strict=True):

@@ -33,7 +33,7 @@ from crumplezone.workers.batch.call import DecodeOptions, RefusedError
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.embed.client import EmbedClient
-from crumplezone.workers.generate.lanes.recovery import MOST_STEPS
+from crumplezone.workers.generate.lanes.recovery import STEPS
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.model.file import check_file, describe
 from crumplezone.workers.model.limits import Limits
@@ -212,7 +212,7 @@ def crashed(evidence: Evidence, report: Report) -> Run:
 def native_calls(batch: BatchRecord) -> int:
     """How many native calls a replay of `generate` makes: for what was there, and as many as were lost."""
     n_tokens = sum(len(each.tokens) for each in batch.generating)
-    return math.ceil(n_tokens / min(batch.chunk, BESIDE, OUTPUTS)) + len(batch.generating) + MOST_STEPS
+    return math.ceil(n_tokens / min(batch.chunk, BESIDE, OUTPUTS)) + len(batch.generating) + STEPS
 
 
 def _generate(client: DecodeClient, batch: BatchRecord) -> None:

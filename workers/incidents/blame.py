@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -57,7 +57,8 @@ _T = TypeVar("_T")
 _log = BesideLog(logging.getLogger("crumplezone"))
 
 
-class Blamed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Blamed:
     """What is remembered of a prompt.
 
     Attributes:

@@ -11,11 +11,11 @@ from tests.support.decoders import PROMPTS, Dose, Open, outcome, reports_of
 from tests.support.native.decode_poison import Poison
 
 
-def refused(decoder: Decoder, prompt: str, store: Store, **sampling: float) -> str:
+def refused(decoder: Decoder, prompt: str, store: Store, temperature: float = 0.0, seed: int = 0) -> str:
     """The report that a prompt's error names; nothing died for it."""
     known = len(reports_of(decoder, store))
     cells = decoder.processes["lanes"]
-    completion = decoder.submit_prompt(prompt, max_tokens=8, **sampling).result(60)
+    completion = decoder.submit_prompt(prompt, max_tokens=8, temperature=temperature, seed=seed).result(60)
     assert isinstance(completion.error, SequenceError)
     assert "it crashed llama.cpp before" in str(completion.error)
     assert completion.error.report is not None
@@ -36,7 +36,7 @@ def test_a_known_poison_is_refused_by_all_and_costs_its_neighbours_nothing(
     error = decoder.submit_prompt(PROMPTS[0], max_tokens=8).result(60).error
     assert isinstance(error, SequenceError)
     assert refused(decoder, PROMPTS[0], store) == error.report
-    assert refused(decoder, PROMPTS[0], store, temperature=0.0, seed=5) == error.report
+    assert refused(decoder, PROMPTS[0], store, seed=5) == error.report
     together = list(make(tiny).generate(PROMPTS[:4], max_tokens=8))  # another decoder knows it, too
     assert together[0].reports == (error.report,)
     assert [c.tokens for c in together[1:]] == [c.tokens for c in undisturbed]
@@ -58,10 +58,9 @@ def test_what_chance_has_led_to_is_remembered_with_its_seed(
 ) -> None:
     dose(Poison(position=20))
     decoder = make(tiny)
-    hot = {"temperature": 0.9, "seed": 3}
-    error = decoder.submit_prompt("abc", max_tokens=40, **hot).result(60).error
+    error = decoder.submit_prompt("abc", max_tokens=40, temperature=0.9, seed=3).result(60).error
     assert isinstance(error, SequenceError)
-    assert refused(decoder, "abc", store, **hot) == error.report
+    assert refused(decoder, "abc", store, 0.9, 3) == error.report
     again = decoder.submit_prompt("abc", max_tokens=8, temperature=0.9, seed=4).result(60)
     assert again.error is None
     assert len(again.tokens) == 8

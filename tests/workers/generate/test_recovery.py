@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crumplezone.workers.batch.results import Rung
-from crumplezone.workers.generate.lanes.recovery import MOST_STEPS, Recovery, Turn
+from crumplezone.workers.generate.lanes.recovery import STEPS, Move, Recovery
 from crumplezone.workers.incidents.deaths import KILLS_MAX
 
 TURNS_MAX = 20_000
@@ -62,7 +62,7 @@ class World:
         assert self.recovery.turn() is None, "it goes on for ever"
         assert self.recovery.settled
 
-    def message(self, turn: Turn) -> None:
+    def message(self, turn: Move) -> None:
         self.messages += 1
         if self.messages in self.kills:
             self.recovery.died(turn.keys, self.told(own=False))
@@ -82,11 +82,11 @@ class World:
 
         return tell
 
-    def try_alone(self, turn: Turn) -> None:
+    def try_alone(self, turn: Move) -> None:
         (key,) = turn.keys
         self.alone.append(key)
         for rung in (Rung.SAFE, Rung.TOKEN):
-            goal = min(self.tokens[key] + MOST_STEPS + 1, self.lengths[key])
+            goal = min(self.tokens[key] + STEPS + 1, self.lengths[key])
             while self.tokens[key] < goal and not self.crashes([key], token_by_token=rung is Rung.TOKEN):
                 self.advance([key])
             if self.tokens[key] >= goal:
@@ -110,7 +110,7 @@ class World:
             self.tokens[key] = self.after(key)
 
     def after(self, key: int) -> int:
-        return min(self.tokens[key] + MOST_STEPS, self.lengths[key])
+        return min(self.tokens[key] + STEPS, self.lengths[key])
 
     def end(self, keys: Iterable[int], rung: Rung) -> None:
         for key in keys:
@@ -128,9 +128,9 @@ def test_a_first_crash_separates_nobody() -> None:
     for key in range(4):
         recovery.add(key)
     recovery.died(range(4), lambda: True)
-    assert recovery.turn() == Turn((0, 1, 2, 3))
+    assert recovery.turn() == Move((0, 1, 2, 3))
     assert not recovery.settled
-    recovery.advanced(dict.fromkeys(range(4), MOST_STEPS + 1))
+    recovery.advanced(dict.fromkeys(range(4), STEPS + 1))
     assert recovery.settled
     assert recovery.take_passed() == [(0, 1, 2, 3)]
 
@@ -139,7 +139,7 @@ def test_a_second_crash_halves_and_what_has_passed_comes_back() -> None:
     world = World([100] * 8, {5: (20, True)})
     world.run()
     assert world.lost == {5}
-    assert world.alone == [4, 5]
+    assert world.alone == [5, 4]
     assert world.deaths == {0: 2, 1: 2, 2: 2, 3: 2, 4: 4, 5: 4, 6: 3, 7: 3}
     assert {world.done[key] for key in world.done} == {Rung.NATIVE}
 
@@ -171,11 +171,11 @@ def test_who_came_later_is_watched_no_less_and_no_longer() -> None:
     recovery.add(1)
     recovery.died([0, 1], lambda: True)
     recovery.add(2)
-    assert recovery.turn() == Turn((0, 1, 2))
+    assert recovery.turn() == Move((0, 1, 2))
     recovery.died([0, 1, 2], lambda: True)
-    assert recovery.turn() == Turn((0, 1))
-    recovery.advanced({0: 9, 1: 9})
-    assert recovery.turn() == Turn((2,), Rung.SAFE, alone=True)
+    assert recovery.turn() == Move((2,), Rung.SAFE, alone=True)
+    recovery.cured(2, Rung.SAFE, 9)
+    assert recovery.turn() == Move((0, 1))
 
 
 def test_whoever_leaves_in_the_middle_of_it_keeps_nobody_waiting() -> None:
@@ -189,7 +189,7 @@ def test_whoever_leaves_in_the_middle_of_it_keeps_nobody_waiting() -> None:
     assert recovery.turn() is None
     assert recovery.settled
     recovery.add(4)
-    assert recovery.turn() == Turn((4,))
+    assert recovery.turn() == Move((4,))
     assert recovery.take_passed() == []
 
 
@@ -225,7 +225,7 @@ def test_every_innocent_finishes_whatever_crashes_and_kills(lengths: list[int], 
     assert world.lost == poison
     assert world.done.keys() | world.lost == set(range(n))
     # Each time they stay apart, or are watched, for twice as long.
-    rounds = 2 + math.log2(max(lengths) / MOST_STEPS + 1)
+    rounds = 2 + math.log2(max(lengths) / STEPS + 1)
     assert max(world.deaths.values()) <= (2 + len(culprits) + len(pairs)) * rounds * (halvings(n) + 1)
 
 
@@ -244,7 +244,7 @@ def test_kills_isolate_nobody(lengths: list[int], kills: frozenset[int]) -> None
 def test_who_is_killed_again_and_again_is_tried_alone() -> None:
     world = World([100] * 3, kills=frozenset(range(1, KILLS_MAX + 2)))
     world.run()
-    assert world.alone == [0, 1, 2]
+    assert world.alone == [2, 1, 0]
     assert world.done.keys() == {0, 1, 2}
 
 

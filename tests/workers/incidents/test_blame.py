@@ -82,7 +82,7 @@ def test_it_is_forgiven_after_a_time(seconds: float, store: Store, monkeypatch: 
     blame = Blame(store)
     blame.remember(NAMES[0], "first")
     now = time.time()
-    monkeypatch.setattr(module.time, "time", lambda: now + seconds)
+    monkeypatch.setattr(time, "time", lambda: now + seconds)
     assert blame.known(NAMES) is None
     blame.remember(NAMES[1], "second")
     with contextlib.closing(sqlite3.connect(database(store))) as connection:

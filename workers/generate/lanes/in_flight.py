@@ -17,7 +17,7 @@ from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.results import Rung
 from crumplezone.workers.generate.lanes.places import Places
 from crumplezone.workers.generate.lanes.prompts import PromptReader
-from crumplezone.workers.generate.lanes.recovery import MOST_STEPS, Own, Recovery, Turn
+from crumplezone.workers.generate.lanes.recovery import STEPS, Move, Own, Recovery
 from crumplezone.workers.generate.lanes.running import Running, refuse
 from crumplezone.workers.generate.requests.jobs import PromptJob, drop, fail
 from crumplezone.workers.incidents.attempt import Attempt
@@ -135,13 +135,14 @@ class Generation:
         given_up = list(self._running.values())
         for number in list(self._running):
             self._end(number)
-        given_up += [lost.running for lost in self._lost + self._unwritten]
-        self._lost, self._unwritten = [], []
+        lost, self._lost, self._unwritten = self._lost + self._unwritten, [], []
         if self._case:
             self._file(self._case, f"given up: {error}")
         self._recovery, self._inside, self._known_to = Recovery(), {}, None
         for running in given_up:
             fail(running.job, error)
+        for each in lost:
+            each.running.done("error", each.rung, each.error())
 
     def _enter(self, running: Running) -> None:
         """Take a place, unless it is known to crash."""
@@ -168,7 +169,7 @@ class Generation:
         self._places.give(running.seq_id, running.tokens)
         self._recovery.drop(number, finished=finished)
 
-    def _run(self, turn: Turn) -> None:
+    def _run(self, turn: Move) -> None:
         """One control message for those whose turn it is."""
         group = {number: self._running[number] for number in turn.keys}
         case, indices = self._case or JobRecord(), [running.job.index for running in group.values()]
@@ -210,7 +211,7 @@ class Generation:
         leaves = [seq_id for seq_id, running in self._inside.items() if wanted.get(seq_id) is not running]
         joins = [each.join() for seq_id, each in wanted.items() if self._inside.get(seq_id) is not each]
         self._known_to, self._asked = None, cell
-        generated = self._client.generate(joins, MOST_STEPS, chunk, leaves=leaves, reset=reset)
+        generated = self._client.generate(joins, STEPS, chunk, leaves=leaves, reset=reset)
         self._known_to, self._inside = cell, wanted
         return generated
 
@@ -274,7 +275,7 @@ class Generation:
 
     def _alone(self, running: Running, chunk: int) -> str:
         """Why it finished; or an empty string: it is past the place of the crash, or unwanted."""
-        enough = len(running.produced) + MOST_STEPS + 1
+        enough = len(running.produced) + STEPS + 1
         while not (self._stopped or running.job.unwanted):
             if reasons := self._take([running], self._ask([running], chunk)):
                 return reasons[running.seq_id]

@@ -2,7 +2,9 @@
 
 - After a first crash all go on together. They are watched until they are past its place.
 - Those who are in a second crash meanwhile are halved, and the halves tried one after the other, and so on. A
-  prompt that is alone is for the safe rungs to try. The others stand still until every part was tried.
+  prompt that is alone is for the safe rungs to try. The others stand still until every part was tried. Those
+  that came last are tried first: a crash while a prompt is read is its own, and what passes after the last
+  crash need not be read again.
 - A part that gets past the place has passed. If a smaller part of its group crashed, that was the reason, and
   what has passed is free. If every part has passed, they crash only together, and go on apart for a while, in
   turns. If they crash when they meet again they part at once, each time for twice as long: so that ends.
@@ -21,15 +23,15 @@ from crumplezone.workers.incidents.deaths import KILLS_MAX
 Own = Callable[[], bool]
 """Whether a cell died of its work, and nobody killed it. May wait for that, and always says the same."""
 
-MOST_STEPS = 8  # native calls per message: a crash is at most so many tokens behind the last one delivered
-_MARGIN = MOST_STEPS + 1
+STEPS = 8  # native calls per message: a crash is at most so many tokens behind the last one delivered
+_MARGIN = STEPS + 1
 _APART = 32  # tokens that the parts of a group which crashes only together go on apart, at first
 _MESSAGES = 2  # of a turn: where a memory has no prefixes, each turn reads its prompts again
 _DOUBLED_MAX = 20  # times
 
 
 @dataclass(frozen=True)
-class Turn:
+class Move:
     """What is to be done next.
 
     Attributes:
@@ -63,7 +65,7 @@ class _Split:
 
 
 @dataclass(eq=False)
-class _Trial:
+class _Suspects:
     """A part of a group that crashed: it passes when each prompt has as many tokens as its goal."""
 
     goals: dict[int, int]
@@ -92,7 +94,7 @@ class Recovery:
         self._past: list[int] = []  # who has got there
         self._fell: dict[int, list[Own]] = {}  # first crashes of each
         self._parted: dict[int, int] = {}  # how often each was found to crash only together with others
-        self._trials: deque[_Trial] = deque()
+        self._trials: deque[_Suspects] = deque()
         self._apart: list[_Party] = []
         self._parties = 0  # that there ever were
         self._rotation = self._messages = 0
@@ -104,15 +106,15 @@ class Recovery:
         """Whether everybody is past the place of the latest crashes."""
         return not (self._trials or self._places)
 
-    def turn(self) -> Turn | None:
+    def turn(self) -> Move | None:
         """What is to be done next; None: nobody is in flight."""
         if self._trials:
             trial = self._trials[0]
-            return Turn(tuple(trial.goals), Rung.SAFE if trial.alone else Rung.NATIVE, trial.alone)
+            return Move(tuple(trial.goals), Rung.SAFE if trial.alone else Rung.NATIVE, trial.alone)
         apart = {key for party in self._apart for key in party.keys}
         crowd = tuple(key for key in self._tokens if key not in apart)
-        turns = [Turn(crowd)] if crowd else []
-        turns += [Turn(tuple(party.keys), party.rung) for party in self._apart]
+        turns = [Move(crowd)] if crowd else []
+        turns += [Move(tuple(party.keys), party.rung) for party in self._apart]
         return turns[self._rotation % len(turns)] if turns else None
 
     def add(self, key: int) -> None:
@@ -230,7 +232,7 @@ class Recovery:
         return list(parts.values())
 
     def _separate(self, parts: list[list[int]]) -> None:
-        """Have the parts of a group that has crashed tried, behind what is to be tried already."""
+        """Have the parts of a group that has crashed tried next, from the last one on."""
         group = {key for part in parts for key in part}
         above = self._trials.popleft().split if self._trials else None
         split = _Split(above, len(parts))
@@ -243,9 +245,9 @@ class Recovery:
         self._apart = [party for party in self._apart if party.keys]
         for part in parts:
             goals = {key: self._tokens[key] + _MARGIN for key in part}
-            self._trials.append(_Trial(goals, split, alone=len(part) == 1))
+            self._trials.appendleft(_Suspects(goals, split, alone=len(part) == 1))
 
-    def _pass(self, trial: _Trial) -> None:
+    def _pass(self, trial: _Suspects) -> None:
         """Nothing more is to be found out from a trial."""
         self._trials.remove(trial)
         if not trial.alone and (tried := (*trial.finished, *trial.goals)):
