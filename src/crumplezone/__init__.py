@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from crumplezone.workers.batch.batch import Batch as Batch
     from crumplezone.workers.batch.results import Result as Result
     from crumplezone.workers.batch.results import Rung as Rung
+    from crumplezone.workers.chat.answers.deltas import ChatDelta as ChatDelta
+    from crumplezone.workers.chat.answers.deltas import ToolCallDelta as ToolCallDelta
+    from crumplezone.workers.chat.stream import ChatChoice as ChatChoice
+    from crumplezone.workers.chat.stream import ChatCompletion as ChatCompletion
+    from crumplezone.workers.chat.stream import ChatStream as ChatStream
     from crumplezone.workers.decoder import Decoder as Decoder
     from crumplezone.workers.embed.embedder import Embeddings as Embeddings
     from crumplezone.workers.generate.requests.completion import Completion as Completion
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from crumplezone.workers.llama.objects import LogitsProcessorList as LogitsProcessorList
     from crumplezone.workers.llama.objects import StoppingCriteriaList as StoppingCriteriaList
     from crumplezone.workers.model.file import embedded_model as embedded_model
+    from crumplezone.workers.protocol.text import SpecialTokens as SpecialTokens
     from crumplezone.workers.protocol.generate.messages import Logprob as Logprob
 
     __version__: str
@@ -66,6 +72,8 @@ _NAMES = {
         ),
     ),
     "workers.batch.batch": ("Batch",),
+    "workers.chat.answers.deltas": ("ChatDelta", "ToolCallDelta"),
+    "workers.chat.stream": ("ChatChoice", "ChatCompletion", "ChatStream"),
     "workers.decoder": ("Decoder",),
     "workers.embed.embedder": ("Embeddings",),
     "workers.generate.requests.request": ("Request",),
@@ -76,6 +84,7 @@ _NAMES = {
         *("LogitsProcessorList", "StoppingCriteriaList"),
     ),
     "workers.model.file": ("embedded_model",),
+    "workers.protocol.text": ("SpecialTokens",),
     "workers.batch.results": ("Result", "Rung"),
     "workers.generate.requests.completion": ("Completion",),
     "workers.ladder.safe_batch": ("SafeBatchProcessor",),
