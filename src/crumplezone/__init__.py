@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from crumplezone.workers.llama.objects import LogitsProcessorList as LogitsProcessorList
     from crumplezone.workers.llama.objects import StoppingCriteriaList as StoppingCriteriaList
     from crumplezone.workers.model.file import embedded_model as embedded_model
-    from crumplezone.workers.protocol.text import SpecialTokens as SpecialTokens
     from crumplezone.workers.protocol.generate.messages import Logprob as Logprob
+    from crumplezone.workers.protocol.text import SpecialTokens as SpecialTokens
 
     __version__: str
 
