@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from crumplezone.workers.batch.batch import Batch as Batch
     from crumplezone.workers.batch.results import Result as Result
     from crumplezone.workers.batch.results import Rung as Rung
+    from crumplezone.workers.chat.answers.deltas import ChatDelta as ChatDelta
+    from crumplezone.workers.chat.answers.deltas import ToolCallDelta as ToolCallDelta
+    from crumplezone.workers.chat.stream import ChatChoice as ChatChoice
+    from crumplezone.workers.chat.stream import ChatCompletion as ChatCompletion
+    from crumplezone.workers.chat.stream import ChatStream as ChatStream
     from crumplezone.workers.decoder import Decoder as Decoder
     from crumplezone.workers.embed.embedder import Embeddings as Embeddings
     from crumplezone.workers.generate.requests.completion import Completion as Completion
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
     from crumplezone.workers.observe.health import CellHealth as CellHealth
     from crumplezone.workers.observe.stats import Stats as Stats
     from crumplezone.workers.protocol.generate.messages import Logprob as Logprob
+    from crumplezone.workers.protocol.text import SpecialTokens as SpecialTokens
 
     __version__: str
 
@@ -76,6 +82,8 @@ _NAMES = {
         ),
     ),
     "workers.batch.batch": ("Batch",),
+    "workers.chat.answers.deltas": ("ChatDelta", "ToolCallDelta"),
+    "workers.chat.stream": ("ChatChoice", "ChatCompletion", "ChatStream"),
     "workers.decoder": ("Decoder",),
     "workers.embed.embedder": ("Embeddings",),
     "workers.generate.requests.request": ("Request",),
@@ -86,6 +94,7 @@ _NAMES = {
         *("LogitsProcessorList", "StoppingCriteriaList"),
     ),
     "workers.model.file": ("embedded_model",),
+    "workers.protocol.text": ("SpecialTokens",),
     "workers.batch.results": ("Result", "Rung"),
     "workers.generate.requests.completion": ("Completion",),
     "workers.ladder.safe_batch": ("SafeBatchProcessor",),

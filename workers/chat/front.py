@@ -21,7 +21,7 @@ from crumplezone.workers.chat.tools import Tools, answer_grammar, answer_schema,
 from crumplezone.workers.generate.requests.request import GivenPrompt, Request, RequestOptions
 from crumplezone.workers.generate.requests.stream import Stream
 from crumplezone.workers.protocol.text import SpecialTokens
-from crumplezone.workers.text.texts import Texts, Tokens
+from crumplezone.workers.text.texts import Texts, Tokens, encoded
 
 _OWN = {"messages", "tools", "tool_choice", "bos_token", "eos_token", "raise_exception", "strftime_now"}
 _WITH_TOOLS = "tool_use"  # the name that models give to a second template, for requests with tools
@@ -126,9 +126,11 @@ class Chats:
         """
         with self._turn.passing():
             template = self._template(chat_format, with_tools=bool(tools))
-            more = {**(template_kwargs or {}), "add_generation_prompt": bool(add_generation_prompt)}
+            begin = bool(add_generation_prompt)
             checked = checked_tools(tools, "auto")
-            text, _ = self._rendered(template, checked_messages(messages), checked, more)
+            text, _ = self._rendered(
+                template, checked_messages(messages), checked, template_kwargs, begin=begin
+            )
         return text
 
     def submit_chat(
@@ -167,7 +169,7 @@ class Chats:
         schema = answer_schema(response_format)
         with self._turn.passing():
             template = self._template(chat_format, with_tools=bool(known.usable))
-            text, tokens = self._rendered(template, given, known, {**(template_kwargs or {})})
+            text, tokens = self._rendered(template, given, known, template_kwargs)
             thinking = text.rstrip().endswith(THINK)
             limits = self._held(known, schema, template.family, options, thinking=thinking)
         names = () if schema else tuple(known.names)
@@ -211,15 +213,16 @@ class Chats:
         return _Template(source, "the model's chat template", family_of(source))
 
     def _rendered(
-        self, template: _Template, messages: list[Json], tools: Tools, more: Mapping[str, Any]
+        self, template: _Template, messages: list[Json], tools: Tools, more: object, *, begin: bool = True
     ) -> tuple[str, npt.NDArray[np.int32]]:
-        """The prompt, and its tokens."""
-        kwargs = mapping("template_kwargs", more)
+        """The prompt, and its tokens; ``begin``: with what begins the answer."""
+        kwargs = {} if more is None else mapping("template_kwargs", more)
+        encoded("template_kwargs", kwargs)
         if own := _OWN & kwargs.keys():
             raise InputError("template_kwargs", min(own), "is given to every template already")
         if "tools" not in template.source:
             messages = told_in_text(messages, tools)
-        context = {"add_generation_prompt": True, **kwargs, "messages": messages}
+        context = {"add_generation_prompt": begin, **kwargs, "messages": messages}
         if tools.usable:
             context |= {"tools": tools.usable, "tool_choice": tools.choice}
         return self._open_texts().render(template.source, template.name, context)

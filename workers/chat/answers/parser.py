@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crumplezone.workers.chat.answers.deltas import ChatDelta, ToolCallDelta
-from crumplezone.workers.chat.answers.reader import EndError, Reader, Reading
+from crumplezone.workers.chat.answers.scanner import EndError, Reading, Scanner
 from crumplezone.workers.chat.families import END_THINK, GENERIC, MISTRAL, THINK, Family
 
 _ANYTHING = re.compile(r".*", re.DOTALL)
@@ -69,7 +69,7 @@ class ChatParser:
     """
 
     def __init__(self, shape: Shape) -> None:
-        self._shape, self._reader = shape, Reader()
+        self._shape, self._scanner = shape, Scanner()
         self._deltas: list[ChatDelta] = []
         self._spaces: list[str] = []  # behind the latest content: dropped if a call follows
         self._n_calls = 0
@@ -78,7 +78,7 @@ class ChatParser:
 
     def feed(self, piece: str, *, final: bool = False) -> list[ChatDelta]:
         """What another piece of the text adds; after the final one there is no more."""
-        self._reader.feed(piece, final=final)
+        self._scanner.feed(piece, final=final)
         next(self._parsing, None)
         deltas, self._deltas = self._deltas, []
         return deltas
@@ -89,20 +89,20 @@ class ChatParser:
         if self._shape.tools:
             yield from self._leading()
             while self._shape.family.mark and (
-                yield from self._reader.until(self._shape.family.mark, self._say)
+                yield from self._scanner.until(self._shape.family.mark, self._say)
             ):
                 yield from self._calls(self._shape.family.mark)
-        yield from self._reader.every(_ANYTHING, self._say)
+        yield from self._scanner.every(_ANYTHING, self._say)
         self._flush()
 
     def _reasoning(self) -> Reading[None]:
         """What is thought at the beginning, without the white space around it."""
-        reader, spaces = self._reader, list[str]()
-        yield from reader.every(re.compile(r"\s*"), spaces.append)
-        if not (yield from reader.match(THINK)) and not self._shape.thinking:
+        scanner, spaces = self._scanner, list[str]()
+        yield from scanner.every(re.compile(r"\s*"), spaces.append)
+        if not (yield from scanner.match(THINK)) and not self._shape.thinking:
             self._spaces += spaces
             return
-        yield from reader.spaces()
+        yield from scanner.spaces()
         held = list[str]()
 
         def think(text: str) -> None:
@@ -111,27 +111,27 @@ class ChatParser:
                 held.clear()
             held.append(text[len(body) :])
 
-        yield from reader.until(END_THINK, think)
-        yield from reader.spaces()
+        yield from scanner.until(END_THINK, think)
+        yield from scanner.spaces()
 
     def _leading(self) -> Reading[None]:
         """Calls at the beginning; nothing has to announce those of tools that there are."""
-        reader, mark = self._reader, self._shape.family.mark
-        if mark and (yield from reader.match(mark)):
+        scanner, mark = self._scanner, self._shape.family.mark
+        if mark and (yield from scanner.match(mark)):
             yield from self._calls(mark)
             return
-        first = yield from reader.peek()
+        first = yield from scanner.peek()
         named = self._shape.family.named and first and _NAME.fullmatch(first)
         if first and (first in "{[" or named):
             yield from self._calls("", bare=True)
 
     def _calls(self, before: str, *, bare: bool = False) -> Reading[None]:
         """One call or several, after what announces them; what turns out to be none is content."""
-        reader = self._reader
-        reader.record()
+        scanner = self._scanner
+        scanner.record()
         try:
-            yield from reader.spaces()
-            first = yield from reader.peek()
+            yield from scanner.spaces()
+            first = yield from scanner.peek()
             if first == "[":
                 yield from self._list(bare)
             elif first == "{":
@@ -141,94 +141,94 @@ class ChatParser:
             else:
                 yield from self._named(bare)
         except (_NoCallError, EndError):
-            told = reader.recorded()
+            told = scanner.recorded()
             if not self._opened or told:
                 self._say((before if not self._opened else "") + told)
             self._opened = False
             return
         self._opened = False
-        reader.recorded()
-        yield from reader.spaces()
-        if self._shape.family.end and (yield from reader.match(self._shape.family.end)):
-            yield from reader.spaces()
+        scanner.recorded()
+        yield from scanner.spaces()
+        if self._shape.family.end and (yield from scanner.match(self._shape.family.end)):
+            yield from scanner.spaces()
 
     def _another(self) -> Reading[bool]:
         """Whether another object follows, behind a semicolon or white space."""
-        reader = self._reader
-        yield from reader.spaces()
-        if (yield from reader.match(";")):
-            yield from reader.spaces()
-        reader.record()
-        return (yield from reader.peek()) == "{"
+        scanner = self._scanner
+        yield from scanner.spaces()
+        if (yield from scanner.match(";")):
+            yield from scanner.spaces()
+        scanner.record()
+        return (yield from scanner.peek()) == "{"
 
     def _list(self, bare: bool) -> Reading[None]:
-        reader = self._reader
-        reader.take(1)
+        scanner = self._scanner
+        scanner.take(1)
         while True:
-            yield from reader.spaces()
-            if (yield from reader.peek()) != "{":
+            yield from scanner.spaces()
+            if (yield from scanner.peek()) != "{":
                 raise _NoCallError
             yield from self._object(bare)
-            reader.record()
-            yield from reader.spaces()
-            if not (yield from reader.match(",")):
+            scanner.record()
+            yield from scanner.spaces()
+            if not (yield from scanner.match(",")):
                 break
-        if not (yield from reader.match("]")):
+        if not (yield from scanner.match("]")):
             raise _NoCallError
 
     _opened = False  # whether a call was told of since what announced it
 
     def _object(self, bare: bool) -> Reading[None]:
         """A JSON object with the name of a tool and its arguments."""
-        reader, call, first = self._reader, _Call(), True
-        reader.take(1)
+        scanner, call, first = self._scanner, _Call(), True
+        scanner.take(1)
         while True:
-            yield from reader.spaces()
-            if (yield from reader.peek()) != '"':
+            yield from scanner.spaces()
+            if (yield from scanner.peek()) != '"':
                 break
-            key = _decoded((yield from reader.string()))
+            key = _decoded((yield from scanner.string()))
             if bare and first and key not in _KEYS:
                 raise _NoCallError
             first = False
-            yield from reader.spaces()
-            if not (yield from reader.match(":")):
+            yield from scanner.spaces()
+            if not (yield from scanner.match(":")):
                 raise _NoCallError
-            yield from reader.spaces()
+            yield from scanner.spaces()
             yield from self._member(call, key, bare)
-            yield from reader.spaces()
-            if not (yield from reader.match(",")):
+            yield from scanner.spaces()
+            if not (yield from scanner.match(",")):
                 break
-        if not call.name or not (yield from reader.match("}")):
+        if not call.name or not (yield from scanner.match("}")):
             raise _NoCallError
         self._open(call)
         if not call.waiting:
             self._argue("{}")
 
     def _member(self, call: _Call, key: Any, bare: bool) -> Reading[None]:
-        reader = self._reader
-        first = yield from reader.peek()
+        scanner = self._scanner
+        first = yield from scanner.peek()
         if key in _NAMES and not call.name and first == '"':
-            name = _decoded((yield from reader.string()))
+            name = _decoded((yield from scanner.string()))
             if not isinstance(name, str) or not name or (bare and name not in self._shape.tools):
                 raise _NoCallError
             call.name = name
         elif key in _ARGUMENTS and not call.opened and first:
             yield from self._arguments(call, first)
         else:
-            yield from reader.value(lambda _: None)
+            yield from scanner.value(lambda _: None)
 
     def _arguments(self, call: _Call, first: str) -> Reading[None]:
         """The arguments of a call, told at once if its name is known."""
-        reader, whole = self._reader, list[str]()
+        scanner, whole = self._scanner, list[str]()
         if first in "{[":
             if call.name:
                 self._open(call)
                 call.waiting.append("")
-                yield from reader.value(self._argue)
+                yield from scanner.value(self._argue)
             else:
-                yield from reader.value(call.waiting.append)
+                yield from scanner.value(call.waiting.append)
             return
-        yield from reader.value(whole.append)
+        yield from scanner.value(whole.append)
         value = _decoded("".join(whole))
         if isinstance(value, str):  # JSON within JSON
             call.waiting.append(value)
@@ -239,18 +239,18 @@ class ChatParser:
 
     def _named(self, bare: bool) -> Reading[None]:
         """The name of a tool, perhaps an id, and its arguments."""
-        reader, parts = self._reader, list[str]()
+        scanner, parts = self._scanner, list[str]()
         if not self._shape.family.named:
             raise _NoCallError
-        n = yield from reader.every(_NAME, parts.append, _NAME_MAX)
+        n = yield from scanner.every(_NAME, parts.append, _NAME_MAX)
         name = "".join(parts)
         if not 0 < n <= _NAME_MAX or (bare and name not in self._shape.tools):
             raise _NoCallError
-        if (yield from reader.match("[CALL_ID]")):
-            yield from reader.every(_NAME, lambda _: None, _NAME_MAX)
-        yield from reader.match("[ARGS]")
-        yield from reader.spaces()
-        if (yield from reader.peek()) != "{":
+        if (yield from scanner.match("[CALL_ID]")):
+            yield from scanner.every(_NAME, lambda _: None, _NAME_MAX)
+        yield from scanner.match("[ARGS]")
+        yield from scanner.spaces()
+        if (yield from scanner.peek()) != "{":
             raise _NoCallError
         call = _Call()
         call.name = name
@@ -261,7 +261,7 @@ class ChatParser:
         if call.opened:
             return
         call.opened = self._opened = True
-        self._reader.recorded()
+        self._scanner.recorded()
         self._spaces.clear()
         index = self._n_calls
         self._n_calls += 1

@@ -20,7 +20,7 @@ class EndError(Exception):
     """The text ended in the middle of a value."""
 
 
-class Reader:
+class Scanner:
     """What is left of a text, and what of it was taken.
 
     Every decision waits until no further piece can change it, so how the text is cut changes nothing.
