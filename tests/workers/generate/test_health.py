@@ -36,18 +36,20 @@ def test_cells_that_wait_are_asked(tiny: Path, make: Open) -> None:
         *(("embeddings", pid) for pid in pids["embeddings"]),
         *(("zygote", pid) for pid in pids["zygote"]),
     }
-    assert all(cell.alive and cell.answered and cell.state == "idle" and cell.silent < 30 for cell in found)
+    assert all(cell.alive and cell.answered and cell.silent < 30 for cell in found)
+    assert {cell.state for cell in found if cell.role != "zygote"} == {"idle"}  # that may be forking a spare
 
 
 def test_one_that_works_answers_by_its_work(tiny: Path, make: Open, pace: Pace) -> None:
     decoder = make(tiny, 2)
     stream = decoder.submit_prompt("abc", max_tokens=100)
     pace.go(1)
-    next(iter(stream))  # the lane waits in its second native call
-    stuck = of(decoder, "lane", 0.2)
+    next(iter(stream))
+    while (stuck := of(decoder, "lane", 0.2)).state == "idle":  # until it waits in its second native call
+        pass
     assert (stuck.alive, stuck.answered, stuck.state) == (True, False, "busy")
     assert stuck.silent >= 0.2
-    assert of(decoder, "zygote").answered
+    assert of(decoder, "zygote", 2).answered  # while another does not
     threading.Timer(0.1, pace.go).start()
     moving = of(decoder, "lane")
     assert (moving.alive, moving.answered, moving.state) == (True, True, "busy")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -34,12 +33,3 @@ class Heard:
 @pytest.fixture
 def heard() -> Heard:
     return Heard()
-
-
-def until(done: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for what no event tells of."""
-    end = time.monotonic() + seconds
-    pause = threading.Event()
-    while not done():
-        assert time.monotonic() < end
-        pause.wait(0.005)
