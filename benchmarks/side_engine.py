@@ -16,7 +16,7 @@ import numpy.typing as npt
 from benchmarks.peer import serve
 from crumplezone.sandbox.child.loop import Room
 from crumplezone.sandbox.ipc.arena import Arena
-from crumplezone.workers.generate.lanes.recovery import STEPS
+from crumplezone.workers.generate.flight.recovery import STEPS
 from crumplezone.workers.model.settings import configure
 from crumplezone.workers.native.decode_cell import DecodeCell
 from crumplezone.workers.protocol.generate.messages import Generate, Join

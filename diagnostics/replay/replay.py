@@ -33,7 +33,7 @@ from crumplezone.workers.batch.call import DecodeOptions, RefusedError
 from crumplezone.workers.batch.columns import Columns
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.embed.client import EmbedClient
-from crumplezone.workers.generate.lanes.recovery import STEPS
+from crumplezone.workers.generate.flight.recovery import STEPS
 from crumplezone.workers.incidents.environment import environment
 from crumplezone.workers.model.file import check_file, describe
 from crumplezone.workers.model.limits import Limits

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from crumplezone.workers.generate.lanes.places import Places, common_prefix
+from crumplezone.workers.generate.flight.places import Places, common_prefix
 
 WIDTH = 4
 some_tokens = st.lists(st.integers(0, 2), min_size=1, max_size=12)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crumplezone.workers.batch.results import Rung
-from crumplezone.workers.generate.lanes.recovery import STEPS, Move, Recovery
+from crumplezone.workers.generate.flight.recovery import STEPS, Move, Recovery
 from crumplezone.workers.incidents.deaths import KILLS_MAX
 
 TURNS_MAX = 20_000

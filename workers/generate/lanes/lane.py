@@ -8,7 +8,7 @@ import threading
 from crumplezone.errors import UsageError
 from crumplezone.sandbox.host.errands import BesideLog
 from crumplezone.sandbox.host.threads import serve
-from crumplezone.workers.generate.lanes.in_flight import Generation
+from crumplezone.workers.generate.flight.in_flight import Generation
 from crumplezone.workers.generate.lanes.queue import _CLOSED, Queue
 from crumplezone.workers.generate.requests.jobs import Job, PromptJob, deliver, fail
 from crumplezone.workers.ladder.ladder import Ladder

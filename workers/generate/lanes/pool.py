@@ -13,7 +13,7 @@ from crumplezone.sandbox.host.scarcity import no_cell
 from crumplezone.sandbox.host.threads import Task
 from crumplezone.workers.cells.decode_client import DecodeClient
 from crumplezone.workers.cells.factory import Cells
-from crumplezone.workers.generate.lanes.in_flight import Generation
+from crumplezone.workers.generate.flight.in_flight import Generation
 from crumplezone.workers.generate.lanes.lane import Lane
 from crumplezone.workers.generate.lanes.queue import Queue
 from crumplezone.workers.generate.requests.jobs import Job

@@ -15,10 +15,10 @@ from crumplezone.reports.records.report import BatchRecord, Outcome
 from crumplezone.sandbox.cells.cell import Cell
 from crumplezone.workers.batch.call import RefusedError
 from crumplezone.workers.batch.results import Rung
-from crumplezone.workers.generate.lanes.places import Places
-from crumplezone.workers.generate.lanes.prompts import PromptReader
-from crumplezone.workers.generate.lanes.recovery import STEPS, Move, Own, Recovery
-from crumplezone.workers.generate.lanes.running import Running, refuse
+from crumplezone.workers.generate.flight.places import Places
+from crumplezone.workers.generate.flight.prompts import PromptReader
+from crumplezone.workers.generate.flight.recovery import STEPS, Move, Own, Recovery
+from crumplezone.workers.generate.flight.running import Running, refuse
 from crumplezone.workers.generate.requests.jobs import PromptJob, drop, fail
 from crumplezone.workers.incidents.attempt import Attempt
 from crumplezone.workers.incidents.deaths import was_killed
