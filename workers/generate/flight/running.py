@@ -21,7 +21,6 @@ class Running:
     """A prompt in flight and everything it has produced so far.
 
     Attributes:
-        falls: How often the native rung failed while it was in flight.
         reports: Of the crashes among these.
     """
 
@@ -29,7 +28,6 @@ class Running:
     seq_id: int
     prompt_tokens: npt.NDArray[np.int32]
     max_tokens: int
-    falls: int = 0
     reports: list[str] = field(init=False)
     problem: str = ""  # why the cell refused it
 
