@@ -67,6 +67,26 @@ def test_run_txt_jsonl_and_stdin(tmp_path: Path, model: Path) -> None:
     assert (piped.returncode, lines(tmp_path)[0]["prompt"]) == (0, "from stdin")
 
 
+def test_seeds_and_stop_strings(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\none\none\n")
+
+    def completions(*options: str) -> list[str]:
+        (tmp_path / "out.jsonl").unlink(missing_ok=True)
+        done = run(tmp_path, model, "in.txt", "--temperature", "1", *options)
+        assert done.returncode == 0, done.stderr
+        return [line["completion"] for line in sorted(lines(tmp_path), key=lambda line: line["index"])]
+
+    seeded = completions("--seed", "3")
+    assert completions("--seed", "3") == seeded
+    assert len(set(seeded)) == 3
+    assert completions("--seed", "4")[:2] == seeded[1:]
+    assert completions() != seeded
+    stop = seeded[0][2]
+    assert completions("--seed", "3", "--stop", stop, "--stop", "nowhere")[0] == seeded[0].partition(stop)[0]
+    wrong = run(tmp_path, tmp_path / "no such model", "in.txt", "--stop", "")
+    assert (wrong.returncode, "stop[0]" in wrong.stderr) == (2, True)
+
+
 def test_kill_and_run_again_completes_each_prompt_once(tmp_path: Path) -> None:
     prompts = [f"number {i} of the prompts is" for i in range(24)]
     (tmp_path / "in.txt").write_text("\n".join(prompts) + "\n")

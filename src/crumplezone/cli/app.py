@@ -107,7 +107,7 @@ def run(
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            help="A completion ends before this text; may be given several times.", show_default=False
+            help="Each answer ends before this text; may be given several times.", show_default=False
         ),
     ] = None,
     special: Annotated[

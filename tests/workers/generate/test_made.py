@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 from hypothesis import given
@@ -19,7 +20,7 @@ def pieces_of(raw: bytes, cuts: list[int], stops: list[str]) -> tuple[Made, list
     made = Made(stops)
     pieces = []
     bounds = [0, *sorted(cut % (len(raw) + 1) for cut in cuts), len(raw)]
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         made.take(Progress(0, [], raw[begin:end]))
         pieces.append(made.unread())
         assert made.unread() == ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import itertools
 import os
 import signal
 import threading
@@ -97,7 +96,7 @@ def test_a_stream_gives_the_first_token_alone_and_the_whole_text(tiny: Path, mak
     stream = decoder.submit_prompt("abc", max_tokens=40)
     pieces = list(stream)
     assert "".join(pieces) == whole.text == stream.result().text
-    assert 5 <= len(pieces) < 40
+    assert 2 <= len(pieces) < 40  # what is unread comes in one piece
     assert list(stream) == []  # a second reader does not wait for ever
 
 

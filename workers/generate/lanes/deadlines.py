@@ -19,7 +19,7 @@ class _Expires(Protocol):
     """What has a deadline."""
 
     @property
-    def unwanted(self) -> bool:
+    def over(self) -> bool:
         """Whether it is over, or nobody wants it."""
 
     def expire(self) -> None:
@@ -81,10 +81,10 @@ class Deadlines:
                     self._changed.wait(min(left, threading.TIMEOUT_MAX))
                     continue
                 job = heapq.heappop(self._due)[2]()
-            if job is not None and not job.unwanted:
+            if job is not None and not job.over:
                 job.expire()
 
 
 def _open(entry: weakref.ref[_Expires]) -> bool:
     job = entry()
-    return job is not None and not job.unwanted
+    return job is not None and not job.over

@@ -54,7 +54,7 @@ class Running:
         request, made = self.job.request, self.job.made
         told = request.logprobs is not None
         chosen = 0 if request.made > request.n else -1  # by these the best are chosen
-        unknown = 1 + len(made.prompt_logprobs)
+        unread = 1 + len(made.prompt_logprobs) < len(self.prompt_tokens)
         join = Join(
             self.seq_id,
             len(tokens),
@@ -63,7 +63,7 @@ class Running:
             stops=[stop.encode() for stop in request.stop],
             stop_tokens=list(request.stop_token_ids),
             logprobs=chosen if request.logprobs is None else request.logprobs,
-            prompt_logprobs=unknown if told and request.echo and unknown < len(self.prompt_tokens) else 0,
+            prompt_logprobs=told and request.echo and unread,
         )
         return join, tokens
 

@@ -65,9 +65,9 @@ def failed(index: int, prompt: Prompt, error: CrumplezoneError) -> Completion:
     return Completion(index, prompt, "", [], "error", Rung.NATIVE, error)
 
 
-def best(made: Sequence[Completion], n: int) -> list[Completion]:
+def best(made: Sequence[tuple[Completion, Sequence[Logprob]]], n: int) -> list[Completion]:
     """So many of these: whose tokens are the likeliest in the mean comes first, who failed comes last."""
-    return sorted(made, key=_mean_logprob, reverse=True)[:n]
+    return [completion for completion, _ in sorted(made, key=_merit, reverse=True)[:n]]
 
 
 def chosen(made: Sequence[Completion]) -> Completion:
@@ -76,6 +76,7 @@ def chosen(made: Sequence[Completion]) -> Completion:
     return dataclasses.replace(first, others=tuple(others))
 
 
-def _mean_logprob(completion: Completion) -> tuple[bool, float]:
-    told = [each.logprob for each in completion.logprobs or ()]
-    return completion.error is None, math.fsum(told) / len(told) if told else -math.inf
+def _merit(made: tuple[Completion, Sequence[Logprob]]) -> tuple[bool, float]:
+    completion, logprobs = made
+    mean = math.fsum(each.logprob for each in logprobs) / len(logprobs) if logprobs else -math.inf
+    return completion.error is None, mean

@@ -103,9 +103,14 @@ class PromptJob:
         self._ending = threading.Lock()  # held for good by who ends it
 
     @property
+    def over(self) -> bool:
+        """Whether it was dropped, or has ended."""
+        return self.dropped or self.made.finish_reason != ""
+
+    @property
     def unwanted(self) -> bool:
-        """Whether it need not be done any more: it was dropped, has ended, or is to."""
-        return self.dropped or self.made.finish_reason != "" or self._overdue
+        """Whether it need not be done any more: it is over, or its time is."""
+        return self.over or (self.deadline is not None and time.monotonic() >= self.deadline)
 
     def drop(self) -> None:
         """Nobody wants it any more. Also for finalizers: it takes no lock."""
@@ -151,10 +156,6 @@ class PromptJob:
             cached_tokens=made.cached_tokens or 0,
             seed=self.sampling.seed,
         )
-
-    @property
-    def _overdue(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
 
 
 def _nobody() -> None:

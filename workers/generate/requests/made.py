@@ -76,7 +76,9 @@ class Made:
                 return
             self.tokens += progress.tokens
             self.logprobs += progress.logprobs
-            self.prompt_logprobs += progress.prompt_logprobs
+            if told := progress.prompt_logprobs:  # after a crash from the first on again
+                end = min(progress.read, self.prompt_tokens - 1)  # logits are about the token behind
+                self.prompt_logprobs[max(end - len(told), 0) :] = told
             if self.cached_tokens is None and progress.read:
                 self.cached_tokens = min(progress.cached, self.prompt_tokens)
             self._add(progress.text)

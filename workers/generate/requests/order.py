@@ -48,8 +48,10 @@ class Order:
 
     def completion(self) -> Completion:
         """What there is of it."""
-        made = [job.completion() for job in self.jobs]
-        return chosen(best(made, self.request.n) if self.request.made > self.request.n else made)
+        made = [(job.completion(), job.made.logprobs) for job in self.jobs]
+        if self.request.made > self.request.n:
+            return chosen(best(made, self.request.n))
+        return chosen([completion for completion, _ in made])
 
     def drop(self) -> None:
         """Nobody wants it any more. Also for finalizers: it takes no lock."""

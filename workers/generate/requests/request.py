@@ -106,7 +106,8 @@ class Request:
             each.name: getattr(self.sampling, each.name) for each in dataclasses.fields(Sampling)
         }
         given |= {name: getattr(self, name) for name in _DEFAULTS}
-        return Request(self.prompt, **(given | options))
+        given.update(options)
+        return Request(self.prompt, **given)
 
     def check(self, info: CellInfo, field: str) -> None:
         """Raise `InputError` for tokens that the model has not, or more than its context holds."""

@@ -26,8 +26,8 @@ class Stream(Awaited[Completion]):
     """
 
     def __init__(self, order: Order) -> None:
+        self._order = order  # first: `__del__` is called wherever this is interrupted
         super().__init__()
-        self._order = order
         self._kept = _Kept()
         order.tell = _Tell(weakref.ref(self), self._kept)
 

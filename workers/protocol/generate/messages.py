@@ -25,13 +25,9 @@ class Join(msgspec.Struct, frozen=True):
     n_prompt: int  # the first of these; the others were drawn before, and count for everything
     sampling: Sampling
     stops: list[bytes] = []  # a text that has one of these ends
-    stop_tokens: list[
-        int
-    ] = []  # so does one that would get one of these, which end like an end of generation
+    stop_tokens: list[int] = []  # so does one that would get one of these, which end like an end of generation
     logprobs: int = -1  # how many of the likeliest come with each token drawn; -1: not even its own
-    prompt_logprobs: int = (
-        0  # the same for the tokens of the prompt from this one on, 1 or later; 0: for none
-    )
+    prompt_logprobs: bool = False  # the same for each token of the prompt but the first
 
 
 class Arrays(Protocol):
@@ -78,9 +74,7 @@ class Progress(msgspec.Struct, frozen=True):
     seq_id: int
     tokens: list[Token]
     text: bytes
-    finished: Literal["", "stop", "word", "length"] = (
-        ""  # end of generation, stop string or token, max_tokens
-    )
+    finished: Literal["", "stop", "word", "length"] = ""  # end of generation, stop string or token, max_tokens
     logprobs: list[Logprob] = []  # as many as tokens, if they were asked for
     prompt_logprobs: list[Logprob] = []  # of the tokens of the prompt that were read since
     read: int = 0  # tokens that the memory holds by now
