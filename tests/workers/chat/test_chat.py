@@ -264,8 +264,9 @@ def test_an_answer_satisfies_its_schema(smol: Decoder) -> None:
 
 @grammars
 def test_a_grammar_of_ones_own_and_a_form_exclude_each_other(smol: Decoder) -> None:
+    own: Any = {"grammar": 'root ::= "a"'}
     with pytest.raises(InputError, match="must not be given together with response_format"):
-        smol.submit_chat(HELLO, response_format=FORM, grammar='root ::= "a"')
+        smol.submit_chat(HELLO, response_format=FORM, **own)
 
 
 @grammars
