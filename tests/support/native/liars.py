@@ -10,7 +10,7 @@ import msgspec
 
 from crumplezone.sandbox.child.fork_server import Fork, Forked, ForkServer
 from crumplezone.workers.native.decode_cell import DecodeCell
-from crumplezone.workers.protocol.generate.messages import Generated, Progress
+from crumplezone.workers.protocol.generate.messages import Generated, Logprob, Progress
 from crumplezone.workers.protocol.messages import Remembered, Request, Saved, Span, Tokenize, Tokenized
 
 TARGET = "tests.support.native.liars:Liar"
@@ -43,7 +43,7 @@ class Liar(DecodeCell):
         return []
 
     def nothing(self, told: list[Progress]) -> list[Progress]:
-        return [Progress(each.seq_id, [], b"") for each in told]
+        return [msgspec.structs.replace(each, tokens=[], text=b"", finished="") for each in told]
 
     def twice(self, told: list[Progress]) -> list[Progress]:
         return told + told
@@ -52,7 +52,13 @@ class Liar(DecodeCell):
         return [Progress(each.seq_id, [5] * 100, b"", "length") for each in told]
 
     def no_end(self, told: list[Progress]) -> list[Progress]:
-        return [Progress(each.seq_id, each.tokens, each.text) for each in told]
+        return [msgspec.structs.replace(each, finished="") for each in told]
+
+    def more_read(self, told: list[Progress]) -> list[Progress]:
+        return [msgspec.structs.replace(each, read=each.read + 1000) for each in told]
+
+    def unasked(self, told: list[Progress]) -> list[Progress]:
+        return [msgspec.structs.replace(each, logprobs=[Logprob(-1.0)] * len(each.tokens)) for each in told]
 
     def no_token(self, told: list[Progress]) -> list[Progress]:
         return [Progress(each.seq_id, [128], b"") for each in told]

@@ -39,16 +39,17 @@ CASES: dict[str, dict[str, Any]] = {
 
 def main(model: str) -> dict[str, Any]:
     """The original's answer to each: text, why it ended, and logprobs."""
-    import llama_cpp
+    import llama_cpp.llama_grammar
 
-    options = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True, "logits_all": True}
-    llama: Any = llama_cpp.Llama(model, verbose=False, **options)
+    options: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True}
+    llama: Any = llama_cpp.Llama(model, verbose=False, logits_all=True, **options)
     answers = {}
     for name, case in CASES.items():
         llama.reset()
         grammar = case.get("grammar")
-        made = {"grammar": llama_cpp.LlamaGrammar.from_string(grammar, verbose=False)} if grammar else {}
-        choice = llama.create_completion(PROMPT, **case | made)["choices"][0]
+        if grammar:
+            grammar = llama_cpp.llama_grammar.LlamaGrammar.from_string(grammar, verbose=False)
+        choice = llama.create_completion(PROMPT, **case | {"grammar": grammar})["choices"][0]
         likely = choice["logprobs"] or {}
         answers[name] = [choice["text"], choice["finish_reason"], likely.get("token_logprobs")]
     return answers

@@ -216,7 +216,7 @@ def test_what_was_not_asked_for_is_not_told() -> None:
 
 
 def test_what_is_in_memory_does_not_get_less() -> None:
-    plain = {"logprobs": [], "prompt_logprobs": []}
+    plain: dict[str, Any] = {"logprobs": [], "prompt_logprobs": []}
     flight = asked()
     assert flight.land(told(read=12, cached=11, **plain), 100) == ""
     assert "13 tokens read" not in flight.land(told(read=13, cached=11, **plain), 100)

@@ -23,6 +23,8 @@ LIES = {
     "too_much": "went on with sequence 0 after its last token",
     "no_end": "went on with sequence 0 after its last token",
     "no_token": "made up a token for sequence 0: the model has 128",
+    "more_read": "told of sequence 0 1015 tokens read, after 0 of 16",
+    "unasked": "told of sequence 0 1 probabilities for 1 tokens",
 }
 
 Tell = Callable[[str], object]

@@ -235,7 +235,7 @@ def test_a_bias_is_added_to_the_logit(logits: Logits) -> None:
 def letters(logits: Logits) -> dict[str, int]:
     """The tokens of one letter each."""
     room = ctypes.create_string_buffer(16)
-    found = {}
+    found: dict[str, int] = {}
     for token in range(N_VOCAB):
         n = C.llama_token_to_piece(logits.vocabulary.vocab, token, room, 16, 0, False)
         found.setdefault(room.raw[:n].decode("utf-8", "replace"), token)
@@ -299,6 +299,13 @@ def test_a_grammar_goes_on_from_within_a_token(smollm_vocabulary: Vocabulary) ->
             assert (smollm_vocabulary.one.logits[0] == 1) == passes
     finally:
         C.llama_sampler_free(made)
+
+
+def test_a_token_that_the_grammar_would_not_have_let_pass_ends_the_text(logits: Logits) -> None:
+    token = letters(logits)
+    for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "mirostat_mode": 2}):
+        how = Sampling(grammar='root ::= "ab"', **options)  # type: ignore[arg-type]
+        assert drawn(logits, how, [token["a"], token["x"], token["b"]], 1) == [END]
 
 
 def test_a_grammar_that_is_none_is_refused(logits: Logits) -> None:

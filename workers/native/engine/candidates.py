@@ -25,7 +25,7 @@ class Candidates:
     def __init__(self, n: int) -> None:
         self._rows = np.zeros(n, _DATA)
         self._ids = np.arange(n, dtype=np.int32)
-        self._array = C.llama_token_data_array()
+        self._array: Any = C.llama_token_data_array()
         self._pointer = self._rows.ctypes.data_as(C.llama_token_data_p)
         self.logits: npt.NDArray[np.float32] = self._rows["logit"]
 

@@ -118,10 +118,14 @@ class Sampler:
         self._chains: list[Any] = []
         self._chain()
         self._banned = self._ban(stop_tokens)
-        noise = self._greedy() if sampling.greedy else self._selecting()
+        noise = None
+        if sampling.greedy:
+            self._greedy()
+        else:
+            noise = self._selecting()
         if not sampling.looks_back:
             for token in drawn:
-                self._accept(token)
+                self._accept_known(token)
             self._skip(noise, len(drawn))
 
     def draw(self, context: Any, index: int, row: npt.NDArray[np.float32], likeliest: int) -> int:
@@ -154,9 +158,9 @@ class Sampler:
         candidates.apply(self._chains[0])
         if self._grammar and not self._trigger:
             candidates.apply(self._grammar)
-        if self._grammar:
+        if self._grammar and candidates.logits.max() != -math.inf:
             candidates.apply(self._chains[1])
-        self._accept(token)
+        self._accept_known(token)
 
     def close(self) -> None:
         """Free the samplers. Idempotent."""
@@ -187,7 +191,7 @@ class Sampler:
         return not sampling.ignore_eos
 
     def _bias(self, biases: dict[int, float]) -> None:
-        array = (C.llama_logit_bias * len(biases))(*biases.items())
+        array = (C.llama_logit_bias * len(biases))(*(C.llama_logit_bias(*each) for each in biases.items()))
         self._add(C.llama_sampler_init_logit_bias(self._vocabulary.n_tokens, len(biases), array))
 
     def _greedy(self) -> None:
@@ -316,6 +320,11 @@ class Sampler:
         elif self._grammar and not self._ended:
             C.llama_sampler_accept(self._grammar, token)
         self._drew()
+
+    def _accept_known(self, token: int) -> None:
+        """Another cell says that it was drawn: llama.cpp aborts if it is wrong."""
+        self._ended |= bool(self._grammar) and not self._lets_pass(token)
+        self._accept(token)
 
     def _begin(self, before: bytes, tokens: list[int]) -> None:
         """From here on the grammar holds."""
