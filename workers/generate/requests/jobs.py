@@ -127,8 +127,9 @@ class PromptJob:
         """There will be no more of it; only the first time counts. On a thread of this package."""
         self.made.end(reason, rung, error, reports)
         if self._ending.acquire(blocking=False):
-            self.nudge = _nobody  # its lane is not kept
-            self._on_end()
+            on_end, self._on_end = self._on_end, _nobody
+            self.nudge = _nobody  # neither whoever has asked nor its lane is kept
+            on_end()
 
     def expire(self) -> None:
         """Its time is over."""
@@ -159,7 +160,7 @@ class PromptJob:
 
 
 def _nobody() -> None:
-    """Nudge nobody."""
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
