@@ -130,9 +130,10 @@ class PromptJob:
         """There will be no more of it; only the first time counts. On a thread of this package."""
         self.made.end(reason, rung, error, reports)
         if self._ending.acquire(blocking=False):
-            self.nudge = _nobody  # its lane is not kept
+            on_end, self._on_end = self._on_end, _nobody
+            self.nudge = _nobody  # neither whoever has asked nor its lane is kept
             self.trace.finish(self.made.finish_reason, self.made.reports)
-            self._on_end()
+            on_end()
 
     def expire(self) -> None:
         """Its time is over."""
@@ -163,7 +164,7 @@ class PromptJob:
 
 
 def _nobody() -> None:
-    """Nudge nobody."""
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
