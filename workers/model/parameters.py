@@ -52,8 +52,10 @@ class ContextOptions(TypedDict, total=False):
     Attributes:
         n_threads_batch: Threads of native calls of more than one token, of one sequence or of several;
             0: as many as ``n_threads``.
-        flash_attn: False or "off" by default; True or "on"; "auto", which is llama.cpp's own default: where
-            the device can. With it, attention is rounded otherwise, and greedy texts differ.
+        flash_attn: "auto" by default, as llama.cpp has it: where the device can; True or "on"; False or
+            "off". Only with it is a token rounded alike in a native call of one token and of many, so that a
+            text which goes on after a crash stays the same; without it texts are those of a
+            ``llama_cpp.Llama`` that is not given it either.
         type_k: Type of the cached keys, "f16" by default.
         type_v: Likewise of the values. A quantised one needs ``flash_attn``.
         kv_unified: One cache of ``n_ctx`` tokens that all sequences share; False: each has its part of it,
@@ -101,7 +103,6 @@ class ContextOptions(TypedDict, total=False):
 
 
 _DEFAULTS: dict[str, Any] = {  # of ``llama_cpp.Llama`` where they are not llama.cpp's (llama_cpp/llama.py)
-    "flash_attn": "off",
     "yarn_attn_factor": 1.0,
     "yarn_beta_fast": 32.0,
     "yarn_beta_slow": 1.0,

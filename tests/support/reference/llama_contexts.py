@@ -8,13 +8,14 @@ from typing import Any
 
 N_TOKENS = 12
 PROMPTS = ["Paris is", "Once upon a time, three little", "Gold is", "def add(a, b):"]
+PLAIN: dict[str, Any] = {"flash_attn": False}  # the default of `Llama`, and not ours
 OPTIONS: list[dict[str, Any]] = [
-    {},
+    PLAIN,
     {"flash_attn": True},
     {"flash_attn": True, "type_k": 8, "type_v": 8},
-    {"rope_freq_base": 20000.0, "rope_freq_scale": 0.5},
-    {"rope_scaling_type": 2, "rope_freq_scale": 0.25, "yarn_ext_factor": 0.7, "yarn_orig_ctx": 1024},
-    {"use_mmap": False, "n_threads_batch": 2, "swa_full": False},
+    PLAIN | {"rope_freq_base": 20000.0, "rope_freq_scale": 0.5},
+    PLAIN | {"rope_scaling_type": 2, "rope_freq_scale": 0.25, "yarn_ext_factor": 0.7, "yarn_orig_ctx": 1024},
+    PLAIN | {"use_mmap": False, "n_threads_batch": 2, "swa_full": False},
 ]
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
 

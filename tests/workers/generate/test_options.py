@@ -34,10 +34,10 @@ def test_what_llama_cpp_does_not_accept_costs_its_prompt_only(tiny: Path, make: 
 @pytest.mark.parametrize("options", [{"temperature": 0.8}, {"temperature": 0.8, "mirostat_mode": 2}, {}])
 def test_a_grammar_survives_three_kills(options: dict[str, Any], tiny: Path, make: Open) -> None:
     decoder = make(tiny, 1)
-    options = {"grammar": 'root ::= "ab" [c-f]+', "max_tokens": 120, "seed": 3} | options
-    (expected,) = decoder.generate(["abc"], **options)
+    given: dict[str, Any] = {"grammar": 'root ::= "ab" [c-f]+', "max_tokens": 120, "seed": 3} | options
+    (expected,) = decoder.generate(["abc"], **given)
     assert set(expected.text[2:]) <= set("cdef")
-    stream = decoder.submit_prompt("abc", **options)
+    stream = decoder.submit_prompt("abc", **given)
     text, kills = "", 0
     for piece in stream:
         text += piece
