@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crumplezone import CellHealth, Decoder
+from crumplezone import Batch, CellHealth, Decoder
 from crumplezone.errors import UsageError
 from crumplezone.reports.records.report import Exit
 from crumplezone.reports.store.store import Store
@@ -117,7 +117,7 @@ def test_one_that_was_killed_is_still_reported(tiny: Path, make: Open, store: St
     kill(pid)
     ended = of(decoder, "memory")
     assert (ended.pid, ended.alive, ended.answered, ended.state) == (pid, False, False, "ended")
-    decoder.tokenize("abc")
+    decoder.decode(Batch.of([[4]]))
     assert of(decoder, "memory").answered
     assert [report.evidence.exit for report in reports_of(decoder, store)] == [Exit.KILLED]
 

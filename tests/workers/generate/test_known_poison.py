@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from crumplezone import Decoder, Rung
 from crumplezone.errors import SequenceError
@@ -11,11 +12,11 @@ from tests.support.decoders import PROMPTS, Dose, Open, outcome, reports_of
 from tests.support.native.decode_poison import Poison
 
 
-def refused(decoder: Decoder, prompt: str, store: Store, temperature: float = 0.0, seed: int = 0) -> str:
+def refused(decoder: Decoder, prompt: str, store: Store, **options: Any) -> str:
     """The report that a prompt's error names; nothing died for it."""
     known = len(reports_of(decoder, store))
     cells = decoder.processes["lanes"]
-    completion = decoder.submit_prompt(prompt, max_tokens=8, temperature=temperature, seed=seed).result(60)
+    completion = decoder.submit_prompt(prompt, max_tokens=8, **options).result(60)
     assert isinstance(completion.error, SequenceError)
     assert "it crashed llama.cpp before" in str(completion.error)
     assert completion.error.report is not None
@@ -58,9 +59,10 @@ def test_what_chance_has_led_to_is_remembered_with_its_seed(
 ) -> None:
     dose(Poison(position=20))
     decoder = make(tiny)
-    error = decoder.submit_prompt("abc", max_tokens=40, temperature=0.9, seed=3).result(60).error
+    options: dict[str, Any] = {"temperature": 0.9, "ignore_eos": True}
+    error = decoder.submit_prompt("abc", max_tokens=40, **options, seed=3).result(60).error
     assert isinstance(error, SequenceError)
-    assert refused(decoder, "abc", store, 0.9, 3) == error.report
-    again = decoder.submit_prompt("abc", max_tokens=8, temperature=0.9, seed=4).result(60)
+    assert refused(decoder, "abc", store, **options, seed=3) == error.report
+    again = decoder.submit_prompt("abc", max_tokens=8, **options, seed=4).result(60)
     assert again.error is None
     assert len(again.tokens) == 8

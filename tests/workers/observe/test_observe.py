@@ -91,7 +91,7 @@ def test_events_come_in_order_and_complete_with_a_crash_in_between(
     assert isinstance(lost, CellLost)
     assert isinstance(written, ReportWritten)
     assert lost.report == written.report == completions[lost.requests[0] - 1].reports[0]
-    assert (written.exit, written.verdict) == ("signal", "batch-only")
+    assert (written.exit, written.verdict) == ("signal", "flaky")
     assert "SIGSEGV" in written.title
     by_request = defaultdict[int, list[Any]](list)
     for event in heard.events:
