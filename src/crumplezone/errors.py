@@ -22,6 +22,14 @@ class CrumplezoneError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
+def _shown(value: object) -> str:
+    """A stranger's object may have no text: an integer of 5,000 digits, a list in 5,000 lists, any class."""
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - whatever a foreign __repr__ raises
+        return f"<{type(value).__name__}>"
+
+
 class InputError(CrumplezoneError, ValueError):
     """A value that cannot be accepted.
 
@@ -32,7 +40,7 @@ class InputError(CrumplezoneError, ValueError):
     """
 
     def __init__(self, field: str, value: object, limit: str) -> None:
-        shown = repr(value)
+        shown = _shown(value)
         if len(shown) > 120:
             shown = shown[:117] + "..."
         super().__init__(f"{field} is {shown}: {limit}")

@@ -207,7 +207,7 @@ class Chats:
             if not source:
                 limit = f"the model has no chat template: name a format, one of {known}"
                 raise InputError("chat_format", None, limit)
-        elif not (isinstance(chat_format, str) and chat_format and (source := texts.template(chat_format))):
+        elif not (_is_name(chat_format) and (source := texts.template(str(chat_format)))):
             limit = f"must be one of {known}, or the name of one of the model's templates"
             raise InputError("chat_format", chat_format, limit)
         return _Template(source, "the model's chat template", family_of(source))
@@ -246,6 +246,11 @@ class Chats:
             rules, schemas = answer_grammar(schema, thinking=thinking)
             field = "response_format"
         return {"grammar": self._open_texts().grammar(field, rules, schemas)}
+
+
+def _is_name(chat_format: object) -> bool:
+    """Whether a model may have a template of this name: half a surrogate pair, for one, is in none."""
+    return isinstance(chat_format, str) and chat_format.isprintable() and chat_format != ""
 
 
 def _asked(options: RequestOptions, limits: Mapping[str, Any], chat_format: str | None) -> RequestOptions:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from crumplezone.errors import InputError
+from crumplezone.workers.text.texts import encoded
 
 Json = dict[str, Any]
 
@@ -24,7 +25,10 @@ def checked_messages(messages: object) -> list[Json]:
     given = _list("messages", messages, _MESSAGES_MAX)
     if not given:
         raise InputError("messages", messages, "must have at least one message")
-    return [_message(f"messages[{i}]", message) for i, message in enumerate(given)]
+    checked = [_message(f"messages[{i}]", message) for i, message in enumerate(given)]
+    for i, message in enumerate(checked):
+        encoded(f"messages[{i}]", message)  # they go to a cell
+    return checked
 
 
 def _message(field: str, message: object) -> Json:

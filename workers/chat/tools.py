@@ -11,6 +11,7 @@ from typing import Any, Literal
 from crumplezone.errors import InputError
 from crumplezone.workers.chat.families import Family, answer_rules, call_rules
 from crumplezone.workers.chat.messages import Json, mapping, one_of, text
+from crumplezone.workers.text.texts import encoded
 
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _TOOLS_MAX = 256
@@ -98,6 +99,7 @@ def _tool(field: str, tool: object) -> Json:
         raise InputError(f"{field}.function.name", name, limit)
     if function.get("parameters") is not None:
         function["parameters"] = mapping(f"{field}.function.parameters", function["parameters"])
+    encoded(f"{field}.function", function)  # it goes to a cell
     return found | {"type": "function", "function": function}
 
 

@@ -240,7 +240,7 @@ def encoded(field: str, value: object, most: int = BYTES_MAX) -> bytes:
         try:  # with surrogates as JSON escapes them
             raw = json.dumps(value, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(field, reprlib.repr(value), f"must be JSON: {error}") from error
+            raise InputError(field, value, f"must be JSON: {error}") from error
     if len(raw) > most:
         raise InputError(f"number of bytes of {field}", len(raw), f"must be at most {most}")
     return raw

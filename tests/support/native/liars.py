@@ -27,7 +27,7 @@ class Liar(DecodeCell):
         if isinstance(request, Tokenize) and lie == "tokens":
             told = Tokenized(request.n_bytes + 17)
         elif isinstance(told, Generated) and lie not in ("", "tokens"):
-            truth, told = told, Generated(0, getattr(self, lie)(told.progress))
+            truth, told = told, msgspec.structs.replace(told, progress=getattr(self, lie)(told.progress))
             if told == truth:
                 return told
         else:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from crumplezone import Rung
+from crumplezone import Request, Rung
 from crumplezone.errors import SequenceError
 from crumplezone.reports.records.report import Exit
 from crumplezone.reports.store.store import Store
@@ -43,23 +42,18 @@ def tell(plant: Plant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tell:
 
 def test_a_lie_costs_the_cell_and_no_prompt(tiny: Path, make: Open, store: Store, tell: Tell) -> None:
     decoder = make(tiny, 2, deadline=30)
-    honest = list(decoder.generate(PROMPTS[:2], max_tokens=8))
+    both = Request(PROMPTS[0], max_tokens=8, n=2)  # the choices of one request begin together
+    honest = decoder.submit_prompt(both).result(60).choices
     assert [c.rung for c in honest] == [Rung.NATIVE, Rung.NATIVE]
     for lie in LIES:
         tell(lie)
-        completions = list(decoder.generate(PROMPTS[:2], max_tokens=8))
-        assert outcome(completions) == outcome(honest)
-        assert [c.error for c in completions] == [None, None]
-        assert any(c.reports for c in completions)  # the other one may have come later
+        completions = decoder.submit_prompt(both).result(60).choices
+        assert outcome([*completions]) == outcome([*honest])
+        assert [(c.error, bool(c.reports)) for c in completions] == [(None, True)] * 2, lie
     evidence = [report.evidence for report in reports_of(decoder, store)]
     assert {each.exit for each in evidence} == {Exit.PROTOCOL}
     found = [f"the cell {problem}; killed by the supervisor" for problem in LIES.values()]
-    assert [_any_sequences(each.detail) for each in evidence] == [*map(_any_sequences, found)]
-
-
-def _any_sequences(detail: str) -> str:
-    """The second prompt may have come after the lie."""
-    return re.sub(r"\[[0-9, ]*\]", "[]", detail)
+    assert [each.detail for each in evidence] == found
 
 
 def test_a_cell_that_always_lies_ends(tiny: Path, make: Open, store: Store, tell: Tell) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from crumplezone import Completion, Logprob, Request, Rung
 from crumplezone.errors import InputError, TokenError
 from crumplezone.workers.generate.requests.completion import best
-from crumplezone.workers.generate.requests.request import SEEDS
+from crumplezone.workers.protocol.generate.sampling import SEEDS
 from tests.support.decoders import Open
 
 _END = 60.0

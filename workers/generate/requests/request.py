@@ -113,12 +113,15 @@ class Request:
         last = info.n_vocab - 1
         for at, token in enumerate(self.stop_token_ids):
             check_integer(f"stop_token_ids[{at}]", token, 0, last, _VOCABULARY, error=TokenError)
-        ids = 0
-        for at, part in enumerate(self.prompt if isinstance(self.prompt, tuple) else ()):
+        parts = self.prompt if isinstance(self.prompt, tuple) else (self.prompt,)
+        for at, part in enumerate(parts):
             if isinstance(part, int):
                 check_integer(f"{field}[{at}]", part, 0, last, _VOCABULARY, error=TokenError)
-                ids += 1
-        check_room(f"number of tokens of {field}", ids or 1, info)
+        check_room(f"number of tokens of {field}", sum(part != "" for part in parts), info)  # at least
+        size = sum(len(part) for part in parts if isinstance(part, str))
+        if size > (most := info.n_ctx_seq * _TOKEN_CHARACTERS):  # it would be read for long in vain
+            limit = f"must be at most {most} in a context of {info.n_ctx_seq} tokens"
+            raise InputError(f"number of characters of {field}", size, limit)
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -133,6 +136,7 @@ _DEFAULTS: dict[str, Any] = {
     "best_of": None,
     "special": False,
 }
+_TOKEN_CHARACTERS = 1024  # of the longest token that there may be: those of spaces have 128
 _VOCABULARY = ", the last token of the model's vocabulary"
 
 
