@@ -280,7 +280,7 @@ class DecodeClient(CellClient[CellInfo]):
             raise self._lie(f"made {generated.calls} native calls, and was asked for {steps}")
         self._observer.called(generated.calls, time.monotonic() - begin)
         self._check(generated.rc)
-        if problem := self._progress.land(generated, chunk):
+        if problem := self._progress.land(generated):
             raise self._lie(problem)
         return generated
 

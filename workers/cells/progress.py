@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from crumplezone.workers.protocol.generate.messages import (
-    OUTPUTS,
     PROBLEM_MAX,
     Generated,
     Join,
@@ -47,27 +46,24 @@ class ProgressChecker:
     def __init__(self, n_vocab: int) -> None:
         self._n_vocab = n_vocab
         self._flights: dict[int, _Flight] = {}
-        self._prompts: dict[int, int] = {}  # by sequence that has produced none yet: tokens of its prompt
-        self._unread = 0  # no fewer of those than the cell has yet to decode
+        self._prompts = set[int]()  # sequences that have produced none yet
 
     def join(self, join: Join) -> None:
         """A prompt takes a sequence."""
         told = join.n_prompt - 1 if join.prompt_logprobs else 0
         self._flights[join.seq_id] = _Flight(join, join.sampling.max_tokens - join.drawn, told)
-        self._prompts[join.seq_id] = join.n_tokens
-        self._unread += join.n_tokens
+        self._prompts.add(join.seq_id)
 
     def leave(self, seq_id: int) -> None:
         """A sequence is given up."""
         self._flights.pop(seq_id, None)
         self._read(seq_id)
 
-    def land(self, generated: Generated, chunk: int) -> str:
+    def land(self, generated: Generated) -> str:
         """Account for a reply.
 
         Args:
             generated: The reply.
-            chunk: Most tokens per native call. How many calls were made is not known, but one was.
 
         Returns:
             What no honest cell would have said, or an empty string.
@@ -77,19 +73,17 @@ class ProgressChecker:
             return ""
         if not seq_ids or len(set(seq_ids)) < len(seq_ids) or not self._flights.keys() >= set(seq_ids):
             return f"told of the sequences {seq_ids[:8]}, {sorted(self._flights)[:8]} are in flight"
-        # Where logits of a prompt are wanted, a call may be full with fewer tokens.
-        looked = any(self._flights[i].join.wanted < self._flights[i].join.n_tokens - 1 for i in self._prompts)
-        least = min(chunk, OUTPUTS) if looked else chunk
+        read = sum(flight.read for flight in self._flights.values())
         for progress in generated.progress:
             if problem := self._advance(progress):
                 return problem
         if not any(progress.tokens or progress.finished for progress in generated.progress):
-            # A call gives a token unless it was full of prompts, and there was more of them. For among the
-            # sequences in one call, those that generate come first, and prompts that wait for another's
-            # prefix wait for one that is in it.
-            if len(self._prompts) < len(self._flights) or self._unread <= least:
+            # Those that generate come first, and prompts that wait for another's prefix wait for one that is
+            # being read. How much may be read is bounded: see `_memory`.
+            if len(self._prompts) < len(self._flights) or any(map(_owes, self._flights.values())):
                 return "told of no token although every prompt has been read"
-            self._unread -= least
+            if sum(flight.read for flight in self._flights.values()) <= read:
+                return "told of no token, and nothing that was read"
         return ""
 
     def _advance(self, progress: Progress) -> str:
@@ -134,8 +128,7 @@ class ProgressChecker:
 
     def _read(self, seq_id: int) -> None:
         """The prompt of a sequence needs no more reading."""
-        self._prompts.pop(seq_id, None)
-        self._unread = min(self._unread, sum(self._prompts.values()))
+        self._prompts.discard(seq_id)
 
 
 def _refusal(flight: _Flight, progress: Progress) -> str:
@@ -144,6 +137,11 @@ def _refusal(flight: _Flight, progress: Progress) -> str:
     if progress.problem and (not flight.join.sampling.grammar or flight.produced):
         return "that it has no grammar that would do"
     return ""
+
+
+def _owes(flight: _Flight) -> bool:
+    """Whether all of a prompt was read: the call that did so has given a token."""
+    return flight.read >= flight.join.n_tokens
 
 
 def _memory(flight: _Flight, progress: Progress) -> str:

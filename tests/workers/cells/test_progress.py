@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from crumplezone.workers.cells.progress import ProgressChecker
 from crumplezone.workers.protocol.generate.messages import (
     LOGPROBS_MAX,
-    OUTPUTS,
     PROBLEM_MAX,
     Generated,
     Join,
@@ -32,6 +31,7 @@ replies = st.lists(
         st.lists(st.integers(0, N_VOCAB), max_size=3),
         st.just(b""),
         st.sampled_from(["", "", "", "stop", "length"]),
+        read=st.integers(0, 40),
     ),
     max_size=5,
 )
@@ -60,6 +60,7 @@ class Cell:
             i: n_tokens - chance.randrange(n_tokens) for i, (n_tokens, _, _) in enumerate(prompts)
         }
         self.drawn = dict.fromkeys(self.pending, 0)
+        self.cached = {i: n_tokens - self.pending[i] for i, (n_tokens, _, _) in enumerate(prompts)}
 
     def reply(self) -> list[Progress]:
         told: dict[int, list[int]] = {seq_id: [] for seq_id in self.pending}
@@ -82,9 +83,16 @@ class Cell:
                         ended[seq_id] = "length"
             if ended:
                 break
+        replies = [
+            Progress(i, tokens, b"", ended.get(i, ""), read=self.read(i), cached=self.cached[i])
+            for i, tokens in told.items()
+        ]
         for seq_id in ended:
             del self.pending[seq_id]
-        return [Progress(i, tokens, b"", ended.get(i, "")) for i, tokens in told.items()]
+        return replies
+
+    def read(self, seq_id: int) -> int:
+        return self.prompts[seq_id][0] + self.drawn[seq_id] - self.pending[seq_id]
 
     def leaves(self) -> Iterator[int]:
         """Sequences that the supervisor gives up."""
@@ -100,29 +108,28 @@ def test_an_honest_cell_is_believed(prompts: list[tuple[int, int, int]], chunk: 
     while cell.pending:
         for seq_id in cell.leaves():
             flight.leave(seq_id)
-        assert flight.land(Generated(0, cell.reply()), chunk) == ""
-    assert flight.land(Generated(0, []), chunk) == ""
-    assert flight.land(Generated(0, [Progress(0, [], b"")]), chunk) != ""
+        assert flight.land(Generated(0, cell.reply())) == ""
+    assert flight.land(Generated(0, [])) == ""
+    assert flight.land(Generated(0, [Progress(0, [], b"")])) != ""
 
 
-@given(sizes, st.integers(1, 8), st.lists(replies, min_size=1, max_size=6))
+@given(sizes, st.lists(replies, min_size=1, max_size=6))
 def test_nothing_is_believed_for_ever(
-    prompts: list[tuple[int, int, int]], chunk: int, said: list[list[Progress]]
+    prompts: list[tuple[int, int, int]], said: list[list[Progress]]
 ) -> None:
     flight = flight_of(prompts)
-    most = sum(-(-n_tokens // chunk) + max_tokens + 1 for n_tokens, max_tokens, _ in prompts)
+    most = sum(n_tokens + 2 * max_tokens + 1 for n_tokens, max_tokens, _ in prompts)
     believed = 0
-    while not flight.land(Generated(0, said[believed % len(said)]), chunk):
+    while not flight.land(Generated(0, said[believed % len(said)])):
         believed += 1
         if not said[(believed - 1) % len(said)]:  # nothing, which is true when nothing is in flight any more
             break
         assert believed <= most
 
 
-def silent(flight: ProgressChecker, seq_ids: list[int], chunk: int) -> int:
-    """For how many replies a cell is believed that tells nothing of these sequences."""
-    said = Generated(0, [Progress(seq_id, [], b"") for seq_id in seq_ids])
-    return next(n for n in range(100) if flight.land(said, chunk))
+def reading(flight: ProgressChecker, read: dict[int, int]) -> str:
+    """What is said to a cell that has no token to tell of, but that it has read so many."""
+    return flight.land(Generated(0, [Progress(i, [], b"", read=n) for i, n in read.items()]))
 
 
 def test_what_was_read_or_given_up_excuses_no_silence() -> None:
@@ -130,26 +137,31 @@ def test_what_was_read_or_given_up_excuses_no_silence() -> None:
     for seq_id in range(3):
         join(flight, seq_id, 40, 9)
     flight.leave(1)
-    assert flight.land(Generated(0, [Progress(i, [], b"") for i in (0, 2)]), 10) == ""
-    assert flight.land(Generated(0, [Progress(0, [4], b"", "stop"), Progress(2, [], b"")]), 10) == ""
-    assert (
-        silent(flight, [2], 10) == 3
-    )  # at most its own 40 tokens are unread, the last of which give a token
+    assert reading(flight, {0: 10, 2: 0}) == ""
+    assert "nothing that was read" in reading(flight, {0: 10, 2: 0})
+    assert reading(flight, {0: 10, 2: 30}) == ""
+    ended = Progress(0, [4], b"", "stop", read=40)
+    assert flight.land(Generated(0, [ended, Progress(2, [], b"", read=30)])) == ""
+    assert reading(flight, {2: 39}) == ""
+    assert "nothing that was read" in reading(flight, {2: 39})
+    assert "tokens read" in reading(flight, {2: 41})
+    assert "every prompt has been read" in reading(flight, {2: 40})
 
 
 def test_whoever_generates_is_never_silent() -> None:
     flight = flight_of([(4, 9, 9), (400, 9, 9)])
-    assert flight.land(Generated(0, [Progress(0, [1], b""), Progress(1, [], b"")]), 10) == ""
-    assert silent(flight, [0, 1], 10) == 0
+    said = [Progress(0, [1], b"", read=4), Progress(1, [], b"", read=10)]
+    assert flight.land(Generated(0, said)) == ""
+    assert "every prompt has been read" in reading(flight, {0: 5, 1: 20})
 
 
 def test_a_sequence_that_left_is_told_of_no_more() -> None:
     flight = flight_of([(4, 9, 9), (4, 9, 9)])
     flight.leave(1)
-    assert "[0] are in flight" in flight.land(Generated(0, [Progress(1, [1], b"")]), 10)
+    assert "[0] are in flight" in flight.land(Generated(0, [Progress(1, [1], b"")]))
     flight.leave(0)
-    assert flight.land(Generated(0, [Progress(0, [1], b"")]), 10) != ""
-    assert flight.land(Generated(0, []), 10) == ""
+    assert flight.land(Generated(0, [Progress(0, [1], b"")])) != ""
+    assert flight.land(Generated(0, [])) == ""
 
 
 # --- what else is told
@@ -197,46 +209,40 @@ def told(**fields: Any) -> Generated:
 )
 def test_what_cannot_be_is_a_lie(lie: dict[str, Any], found: str) -> None:
     flight = asked(logprobs=2, prompt_logprobs=True)
-    assert found in flight.land(told(**lie), 100)
+    assert found in flight.land(told(**lie))
 
 
 def test_what_can_be_is_none() -> None:
     flight = asked(logprobs=2, prompt_logprobs=True)
-    assert flight.land(told(), 100) == ""
+    assert flight.land(told()) == ""
     more = told(read=13, prompt_logprobs=[], finished="word")
-    assert flight.land(more, 100) == ""
+    assert flight.land(more) == ""
 
 
 def test_what_was_not_asked_for_is_not_told() -> None:
-    assert asked().land(told(logprobs=[], prompt_logprobs=[]), 100) == ""
-    assert "probabilities for" in asked().land(told(prompt_logprobs=[]), 100)
-    assert "of the prompt" in asked().land(told(logprobs=[]), 100)
-    top = asked(logprobs=LOGPROBS_MAX).land(told(logprobs=[likely(N_VOCAB)], prompt_logprobs=[]), 100)
+    assert asked().land(told(logprobs=[], prompt_logprobs=[])) == ""
+    assert "probabilities for" in asked().land(told(prompt_logprobs=[]))
+    assert "of the prompt" in asked().land(told(logprobs=[]))
+    top = asked(logprobs=LOGPROBS_MAX).land(told(logprobs=[likely(N_VOCAB)], prompt_logprobs=[]))
     assert top == ""  # more there are not
 
 
 def test_what_is_in_memory_does_not_get_less() -> None:
     plain: dict[str, Any] = {"logprobs": [], "prompt_logprobs": []}
     flight = asked()
-    assert flight.land(told(read=12, cached=11, **plain), 100) == ""
-    assert "13 tokens read" not in flight.land(told(read=13, cached=11, **plain), 100)
-    assert "12 tokens read, after 13" in flight.land(told(read=12, cached=11, **plain), 100)
+    assert flight.land(told(read=12, cached=11, **plain)) == ""
+    assert "13 tokens read" not in flight.land(told(read=13, cached=11, **plain))
+    assert "12 tokens read, after 13" in flight.land(told(read=12, cached=11, **plain))
     flight = asked()
-    assert flight.land(told(read=12, cached=5, **plain), 100) == ""
-    assert "4 tokens that need" in flight.land(told(read=13, cached=4, **plain), 100)
+    assert flight.land(told(read=12, cached=5, **plain)) == ""
+    assert "4 tokens that need" in flight.land(told(read=13, cached=4, **plain))
     looks_back = ProgressChecker(N_VOCAB)
     looks_back.join(Join(0, 12, 10, Sampling(9, temperature=1, mirostat_mode=2)))
-    assert "10 tokens that need" in looks_back.land(told(read=12, cached=10, **plain), 100)
+    assert "10 tokens that need" in looks_back.land(told(read=12, cached=10, **plain))
 
 
 def test_a_refusal_is_of_a_grammar() -> None:
     refused = Progress(0, [], b"", "refused", problem="no")
-    assert asked().land(Generated(0, [refused]), 100) == ""
+    assert asked().land(Generated(0, [refused])) == ""
     flight = flight_of([(4, 9, 9)])
-    assert "has no grammar" in flight.land(Generated(0, [refused]), 100)
-
-
-def test_a_prompt_whose_logits_are_wanted_takes_more_calls() -> None:
-    flight = ProgressChecker(N_VOCAB)
-    flight.join(Join(0, 3 * OUTPUTS, 3 * OUTPUTS, Sampling(9), prompt_logprobs=True))
-    assert silent(flight, [0], 512) == 2
+    assert "has no grammar" in flight.land(Generated(0, [refused]))

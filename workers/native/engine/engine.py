@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from crumplezone.workers.native.engine.context import Context
 from crumplezone.workers.native.engine.logprobs import logprob
-from crumplezone.workers.native.engine.prefix import PrefixCache
+from crumplezone.workers.native.engine.prefix import TILE, PrefixCache
 from crumplezone.workers.native.engine.sampler import END, Sampler, Vocabulary
 from crumplezone.workers.native.engine.sequence import RunningSequence, StopStrings
 from crumplezone.workers.native.grammar import GrammarError
@@ -50,6 +50,8 @@ class Engine:
         self._cell, self._nudged = cell, nudged
         self._vocabulary = Vocabulary(cell.vocab, cell.logs)
         self._n_vocab = self._vocabulary.n_tokens
+        self._logits = self._beside = 0
+        self._n_ubatch = int(C.llama_n_ubatch(cell.context))
         self._running: dict[int, RunningSequence] = {}  # in the order in which they came
         self._refused: list[Progress] = []
         self._places = PrefixCache(cell)
@@ -87,6 +89,7 @@ class Engine:
             join.seq_id,
             tokens,
             len(tokens),
+            join.n_prompt,
             join.wanted,
             join=join,
             sampler=sampler,
@@ -126,10 +129,28 @@ class Engine:
         return Generated(rc, progress, calls)
 
     def _step(self, batch: BatchArrays, running: list[RunningSequence]) -> tuple[int, bool]:
-        """One native call; its return code, and whether a sequence got its first token or its last."""
+        """Two native calls at most: one for whole tiles of prompts, one for all else.
+
+        Returns:
+            The return code, and whether a sequence got its first token or its last.
+        """
+        urgent = False
+        self._logits, self._beside = OUTPUTS, BESIDE  # that prompts may take in this step
+        for build in (self._tiles, self._rest):
+            with self._cell.recorder.phase("build", len(running)):
+                parts = build(batch, running)
+            if parts:
+                rc, news = self._call(batch, running, parts)
+                if rc:
+                    return rc, False
+                urgent |= news
+        return 0, urgent
+
+    def _call(
+        self, batch: BatchArrays, running: list[RunningSequence], parts: list[_Part]
+    ) -> tuple[int, bool]:
+        """One native call; what it returns is that of `_step`."""
         recorder = self._cell.recorder
-        with recorder.phase("build", len(running)):
-            parts = self._build(batch, running)
         used = sum(n for _, n, _ in parts)
         if rc := self._cell.run(batch.part(0, used), 0, used):
             return rc, False
@@ -150,37 +171,67 @@ class Engine:
         told = sum(s.numbers * (len(s.logprobs) + len(s.prompt_logprobs)) for s in running)
         return told + most * (len(running) + OUTPUTS) > _NUMBERS_MAX
 
-    def _build(self, batch: BatchArrays, running: list[RunningSequence]) -> list[_Part]:
-        """Fill the batch: sequences that generate, one token each, then prompts. What it has of each."""
+    def _tiles(self, batch: BatchArrays, running: list[RunningSequence]) -> list[_Part]:
+        """Fill the batch with whole tiles of prompts. What it has of each."""
+        batch.n_seq_id[:] = 0  # 1 for what is sent: after a crash, this says how much that was
+        beside = any(map(_generates, running))
+        # One compute pass: between two, llama.cpp cuts where there is room (llama_batch_allocr::split_equal).
+        room = min(len(batch.tokens), self._n_ubatch, self._beside if beside else self._n_ubatch)
+        parts: list[_Part] = []
+        used = 0
+        for s in running:
+            if used + TILE > room:
+                break
+            if s.finished or _generates(s) or not self._places.place(s):
+                continue
+            n, n_logits = _portion(s, _whole(min(s.n_prompt - s.position, room - used)), self._logits)
+            n, n_logits = _whole(n), n_logits - n % TILE
+            if n <= 0:
+                continue
+            self._put(batch, parts, used, s, n, max(n_logits, 0))
+            used += n
+        batch.n_seq_id[:used] = 1
+        return parts
+
+    def _put(
+        self, batch: BatchArrays, parts: list[_Part], used: int, s: RunningSequence, n: int, n_logits: int
+    ) -> None:
+        """Add the next tokens of a prompt, of the last of which the logits are wanted."""
+        end = used + n
+        batch.tokens[used:end] = s.tokens[s.position : s.position + n]
+        batch.positions[used:end] = np.arange(s.position, s.position + n)
+        batch.seq_ids[used:end] = s.seq_id
+        batch.outputs[used:end] = 0
+        batch.outputs[end - n_logits : end] = 1
+        parts.append((s, n, n_logits))
+        self._beside -= n
+        self._logits -= n_logits if s.wanted < s.n_tokens - 1 else 0
+
+    def _rest(self, batch: BatchArrays, running: list[RunningSequence]) -> list[_Part]:
+        """Fill the batch: sequences that generate, one token each, then less than a tile of prompts."""
         tokens, positions, seq_ids, outputs, sent, _ = batch
-        sent[:] = 0  # 1 for what is sent: after a crash, this says how much that was
+        sent[:] = 0
         chunk = len(tokens)
         # In order: llama.cpp computes only neighbouring sequences together (llama_batch_allocr::split_equal).
-        ready = sorted((s for s in running if s.placed and s.pending == 1), key=attrgetter("seq_id"))[:chunk]
+        ready = sorted(filter(_generates, running), key=attrgetter("seq_id"))[:chunk]
         used = len(ready)
         tokens[:used] = [s.tokens[s.position] for s in ready]
         positions[:used] = [s.position for s in ready]
         seq_ids[:used] = [s.seq_id for s in ready]
         outputs[:used] = 1
         parts = [(s, 1, 1) for s in ready]
-        room, logits = min(chunk, used + BESIDE) if used else chunk, OUTPUTS
+        room = min(chunk, used + self._beside) if used else chunk
         for s in running:
             if used == room:
                 break
-            if (s.placed and s.pending == 1) or not self._places.place(s):
+            if s.finished or _generates(s) or not self._places.place(s):
                 continue
-            n, n_logits = _portion(s, room - used, logits)
-            if not n:
+            if s.position < s.tiled and chunk >= TILE:  # its turn comes in the next step
                 continue
-            end = used + n
-            tokens[used:end] = s.tokens[s.position : s.position + n]
-            positions[used:end] = np.arange(s.position, s.position + n)
-            seq_ids[used:end] = s.seq_id
-            outputs[used:end] = 0
-            outputs[end - n_logits : end] = 1
-            parts.append((s, n, n_logits))
-            logits -= n_logits if s.wanted < s.n_tokens - 1 else 0
-            used = end
+            n, n_logits = _portion(s, min(room - used, TILE - 1), self._logits)
+            if n:
+                self._put(batch, parts, used, s, n, n_logits)
+                used += n
         sent[:used] = 1
         return parts
 
@@ -249,6 +300,16 @@ class Engine:
             n = C.llama_token_to_piece(vocab, token, self._room, _PIECE_MAX, 0, False)
             self._pieces[token] = self._room.raw[: max(n, 0)], bool(C.llama_vocab_is_eog(vocab, token))
         return self._pieces[token]
+
+
+def _generates(sequence: RunningSequence) -> bool:
+    """Whether all of it but its last token is in memory."""
+    return sequence.placed and sequence.pending == 1 and not sequence.finished
+
+
+def _whole(n: int) -> int:
+    """So many tokens, in whole tiles."""
+    return n - n % TILE
 
 
 def _portion(sequence: RunningSequence, room: int, logits: int) -> tuple[int, int]:

@@ -13,6 +13,10 @@ import numpy.typing as npt
 
 from crumplezone.workers.native.engine.context import Context
 
+# So many tokens of a sequence, and more, in one native call are rounded otherwise than fewer, with flash
+# attention on a CPU (GGML_FA_TILE_Q, ggml/src/ggml-cpu/ops.cpp). So each token is always computed in the same
+# of the two ways: a prompt in whole tiles from its beginning; what remains and what was drawn in less.
+TILE = 64
 _WORTH = 64  # a copy takes the time of computing one token of this many that a sequence has room for
 
 
@@ -23,6 +27,7 @@ class CachedSequence:
     seq_id: int
     tokens: npt.NDArray[np.int32]  # the first ``n_tokens`` of it count
     n_tokens: int
+    n_prompt: int  # the first of them; the others were drawn
     wanted: int  # from this one on all are computed, for their logits
     position: int = 0  # so many are in memory
     cached: int = 0  # so many were there, when it was placed
@@ -35,6 +40,11 @@ class CachedSequence:
     def pending(self) -> int:
         """Tokens that are not in memory yet."""
         return self.n_tokens - self.position
+
+    @property
+    def tiled(self) -> int:
+        """Tokens of the prompt that are computed in whole tiles."""
+        return self.n_prompt - self.n_prompt % TILE
 
     def append(self, token: int) -> None:
         """One more token."""
@@ -96,7 +106,7 @@ class PrefixCache:
     def _held(self, line: CachedSequence) -> tuple[int, int]:
         """How many tokens of a prompt the memory holds, and in which place: its own one, if in doubt."""
         common = {
-            seq_id: _common(other, other.position, line)
+            seq_id: _usable(other, other.position, line)
             for seq_id, other in self._lines.items()
             # A sliding window forgets: what begins later than at 0 is no prefix.
             if C.llama_memory_seq_pos_min(self._cell.memory, seq_id) == 0
@@ -112,9 +122,18 @@ class PrefixCache:
         best: CachedSequence | None = None
         most = 0
         for other in self._lines.values():
-            if not other.ended and other.pending > 1 and (n := _common(other, other.n_tokens, line)) > most:
+            if not other.ended and other.pending > 1 and (n := _usable(other, other.n_tokens, line)) > most:
                 best, most = other, n
         return best, most
+
+
+def _usable(held: CachedSequence, n_held: int, line: CachedSequence) -> int:
+    """Of the tokens that both begin with, those that are computed alike in both."""
+    n = _common(held, n_held, line)
+    if held.n_prompt == line.n_prompt:
+        return n
+    n = min(n, held.tiled, line.tiled)
+    return n - n % TILE
 
 
 def _common(held: CachedSequence, n_held: int, line: CachedSequence) -> int:
