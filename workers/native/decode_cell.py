@@ -118,6 +118,8 @@ class DecodeCell:
         Only whole: across streams llama.cpp aborts on a part of one (llama_kv_cache::seq_cp).
         """
         with self.recorder.phase("copy", source):
+            # In a stream that sequences share, the copy would only be added (llama_kv_cache::seq_cp).
+            C.llama_memory_seq_rm(self.memory, target, -1, -1)
             C.llama_memory_seq_cp(self.memory, source, target, -1, -1)
         self._unsettled = True
 

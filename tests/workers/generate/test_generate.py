@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,20 @@ def test_a_generation_ends_where_the_context_does(tiny: Path, make: Open) -> Non
     (completion,) = make(tiny, 1).generate(["x" * 250], max_tokens=100)
     assert completion.error is None
     assert 0 <= len(completion.tokens) <= 6
+
+
+def test_a_copy_in_a_shared_cache_keeps_nothing_of_who_was_there(tiny: Path, make: Open) -> None:
+    asked: dict[str, Any] = {"n": 3, "max_tokens": 8, "logprobs": 0}
+    fresh = make(tiny, 4, kv_unified=True).submit_prompt("x" * 100, **asked).result(60)
+    decoder = make(tiny, 4, kv_unified=True)
+    list(decoder.generate(PROMPTS[:4], max_tokens=40))
+    again = decoder.submit_prompt("x" * 100, **asked).result(60)
+    for one, other in zip(again.choices, fresh.choices, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs
+        assert other.logprobs
+        told = zip(one.logprobs, other.logprobs, strict=True)
+        assert all(abs(a.logprob - b.logprob) < 0.01 for a, b in told)
 
 
 # --- crashes

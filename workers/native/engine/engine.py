@@ -68,6 +68,7 @@ class Engine:
         for seq_id in list(self._running):
             self.leave(seq_id)
         self._places.clear()
+        self._refused = []
 
     def join(self, join: Join, tokens: npt.NDArray[np.int32]) -> None:
         """Let a prompt take a sequence, or tell with the next reply why not.
