@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 
@@ -35,7 +36,7 @@ class Queue:
     def __init__(self, lanes: int, size: int) -> None:
         self._lanes = self._working = lanes
         self._size = size
-        self._came = 0
+        self._numbers = itertools.count()  # no interrupt comes between a number and the next
         self._jobs: list[tuple[int, int, Job]] = []  # a heap
         # Taken itself, not by the condition: a signal handler could come between that and the block.
         self._lock = threading.RLock()
@@ -157,8 +158,7 @@ class Queue:
                     self._deadlines.add(job, job.deadline)
             else:
                 job.future.served_by = self._servers
-            heapq.heappush(self._jobs, (-priority, self._came, job))
-            self._came += 1
+            heapq.heappush(self._jobs, (-priority, next(self._numbers), job))
         self._changed.notify_all()
         return self._open
 
