@@ -46,18 +46,15 @@ class ProgressChecker:
     def __init__(self, n_vocab: int) -> None:
         self._n_vocab = n_vocab
         self._flights: dict[int, _Flight] = {}
-        self._prompts = set[int]()  # sequences that have produced none yet
 
     def join(self, join: Join) -> None:
         """A prompt takes a sequence."""
         told = join.n_prompt - 1 if join.prompt_logprobs else 0
         self._flights[join.seq_id] = _Flight(join, join.sampling.max_tokens - join.drawn, told)
-        self._prompts.add(join.seq_id)
 
     def leave(self, seq_id: int) -> None:
         """A sequence is given up."""
         self._flights.pop(seq_id, None)
-        self._read(seq_id)
 
     def land(self, generated: Generated) -> str:
         """Account for a reply.
@@ -73,16 +70,16 @@ class ProgressChecker:
             return ""
         if not seq_ids or len(set(seq_ids)) < len(seq_ids) or not self._flights.keys() >= set(seq_ids):
             return f"told of the sequences {seq_ids[:8]}, {sorted(self._flights)[:8]} are in flight"
-        read = sum(flight.read for flight in self._flights.values())
+        read = self._read
         for progress in generated.progress:
             if problem := self._advance(progress):
                 return problem
         if not any(progress.tokens or progress.finished for progress in generated.progress):
             # Those that generate come first, and prompts that wait for another's prefix wait for one that is
             # being read. How much may be read is bounded: see `_memory`.
-            if len(self._prompts) < len(self._flights) or any(map(_owes, self._flights.values())):
+            if any(map(_owes, self._flights.values())):
                 return "told of no token although every prompt has been read"
-            if sum(flight.read for flight in self._flights.values()) <= read:
+            if self._read <= read:
                 return "told of no token, and nothing that was read"
         return ""
 
@@ -99,8 +96,6 @@ class ProgressChecker:
         problem = _refusal(flight, progress) or _memory(flight, progress) or self._likely(flight, progress)
         if problem:
             return f"told of sequence {seq_id} {problem}"
-        if progress.tokens or progress.finished:
-            self._read(seq_id)
         if progress.finished:
             del self._flights[seq_id]
         return ""
@@ -126,9 +121,10 @@ class ProgressChecker:
                 return f"a likely token that is none: the model has {self._n_vocab}"
         return ""
 
-    def _read(self, seq_id: int) -> None:
-        """The prompt of a sequence needs no more reading."""
-        self._prompts.discard(seq_id)
+    @property
+    def _read(self) -> int:
+        """Tokens that the memory holds of all that are in flight."""
+        return sum(flight.read for flight in self._flights.values())
 
 
 def _refusal(flight: _Flight, progress: Progress) -> str:
@@ -140,8 +136,8 @@ def _refusal(flight: _Flight, progress: Progress) -> str:
 
 
 def _owes(flight: _Flight) -> bool:
-    """Whether all of a prompt was read: the call that did so has given a token."""
-    return flight.read >= flight.join.n_tokens
+    """Whether it generates, or all of its prompt was read: each call gives a token then."""
+    return flight.produced > 0 or flight.read >= flight.join.n_tokens
 
 
 def _memory(flight: _Flight, progress: Progress) -> str:
