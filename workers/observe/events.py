@@ -7,7 +7,17 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class RequestQueued:
+class _OfRequest:
+    """What all events of a request have: see `RequestQueued`."""
+
+    request: int
+    choice: int
+    index: int
+    at: float
+
+
+@dataclass(frozen=True)
+class RequestQueued(_OfRequest):
     """A request came, and waits for a place.
 
     Attributes:
@@ -17,14 +27,9 @@ class RequestQueued:
         at: When.
     """
 
-    request: int
-    choice: int
-    index: int
-    at: float
-
 
 @dataclass(frozen=True)
-class RequestAdmitted:
+class RequestAdmitted(_OfRequest):
     """It was tokenised, and has a place.
 
     Attributes:
@@ -33,16 +38,12 @@ class RequestAdmitted:
         waited: Seconds since it came.
     """
 
-    request: int
-    choice: int
-    index: int
-    at: float
     prompt_tokens: int
     waited: float
 
 
 @dataclass(frozen=True)
-class FirstToken:
+class FirstToken(_OfRequest):
     """Its first token is there. `NewTokens` follows.
 
     Attributes:
@@ -50,15 +51,11 @@ class FirstToken:
         waited: Seconds since it came.
     """
 
-    request: int
-    choice: int
-    index: int
-    at: float
     waited: float
 
 
 @dataclass(frozen=True)
-class NewTokens:
+class NewTokens(_OfRequest):
     """It has more tokens: one, or those of some steps.
 
     Attributes:
@@ -67,16 +64,12 @@ class NewTokens:
         total: How many it has.
     """
 
-    request: int
-    choice: int
-    index: int
-    at: float
     tokens: int
     total: int
 
 
 @dataclass(frozen=True)
-class RequestResumed:
+class RequestResumed(_OfRequest):
     """It goes on after a crash: what comes next is from another cell.
 
     Attributes:
@@ -84,15 +77,11 @@ class RequestResumed:
         stood: Seconds since the crash.
     """
 
-    request: int
-    choice: int
-    index: int
-    at: float
     stood: float
 
 
 @dataclass(frozen=True)
-class RequestFinished:
+class RequestFinished(_OfRequest):
     """There will be no more of it.
 
     Attributes:
@@ -104,10 +93,6 @@ class RequestFinished:
         reports: Of the crashes that it took part in.
     """
 
-    request: int
-    choice: int
-    index: int
-    at: float
     reason: str
     prompt_tokens: int
     cached_tokens: int
