@@ -27,7 +27,8 @@ class Pace:
 
     def calls(self) -> list[list[tuple[int, int]]]:
         """Of each native call, sequences and positions."""
-        return [msgspec.json.decode(line) for line in self._calls.read_bytes().splitlines()]
+        whole, _, _ = self._calls.read_bytes().rpartition(b"\n")  # a line may be in the middle of its writing
+        return [msgspec.json.decode(line) for line in whole.splitlines()]
 
     def close(self) -> None:
         """Allow all."""
